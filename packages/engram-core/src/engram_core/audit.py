@@ -1,0 +1,145 @@
+"""Interference audit: which text fires a concept that should not, and which concepts meet in one trigger."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+
+from engram_core.adapter import Adapter
+from engram_core.errors import InputError
+from engram_core.matcher import Matcher, Matches
+from engram_core.registry import Ngram
+from engram_core.tokenizer import StreamTokenizer
+
+_BATCH = 512  # lines matched together
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Firing:
+    """One concept firing in one line, in one stream.
+
+    Attributes:
+        line: number of the line, from 1.
+        text: the line.
+        stream: where it fires.
+        concept: name of the concept.
+        ids: the line's token ids.
+        spans: (start, stop) token ranges that fire, merged where they overlap.
+    """
+
+    line: int
+    text: str
+    stream: str
+    concept: str
+    ids: Ngram
+    spans: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interference:
+    """A concept whose address occurs inside another concept's trigger.
+
+    Attributes:
+        stream: where.
+        concept: the concept that could fire.
+        inside: the concept whose trigger contains the address.
+        ids: the address.
+        resolved: true when anchored activation settles it (the longer trigger wins); false when both fire.
+    """
+
+    stream: str
+    concept: str
+    inside: str
+    ids: Ngram
+    resolved: bool
+
+
+def audit_lines(adapter: Adapter, tokenizers: Mapping[str, StreamTokenizer], lines: Iterable[str]) -> Iterator[Firing]:
+    """Report every line that would fire, and the spans at fault, in one pass over the lines.
+
+    Args:
+        adapter: the concepts.
+        tokenizers: a tokenizer for each of the adapter's streams.
+        lines: any text, one prompt a line; read lazily.
+
+    Raises:
+        InputError: a tokenizer is missing or is not the one the adapter was made with.
+    """
+    check_tokenizers(adapter, tokenizers)
+    matchers = {stream: Matcher(adapter, stream) for stream in adapter.streams}
+    numbered = enumerate(lines, start=1)
+    while batch := list(islice(numbered, _BATCH)):
+        firings = []
+        for stream, matcher in matchers.items():
+            ids = [list(tokenizers[stream].encode(text)) for _, text in batch]
+            matches = matcher.match(ids)
+            for row, concept, spans in fired_spans(matches):
+                number, text = batch[row]
+                name = adapter.record(concept).name
+                firings.append(
+                    Firing(line=number, text=text, stream=stream, concept=name, ids=tuple(ids[row]), spans=spans)
+                )
+        yield from sorted(firings, key=lambda firing: (firing.line, firing.concept, firing.stream))
+
+
+def fired_spans(matches: Matches) -> list[tuple[int, int, tuple[tuple[int, int], ...]]]:
+    """Return (row, concept, merged token ranges) for everything that fires."""
+    ranges: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    order = np.lexsort((matches.start, matches.concept, matches.row))
+    columns = (column[order].tolist() for column in (matches.row, matches.concept, matches.start, matches.length))
+    for row, concept, start, length in zip(*columns, strict=True):
+        spans = ranges.setdefault((row, concept), [])
+        if spans and start <= spans[-1][1]:
+            spans[-1] = (spans[-1][0], max(spans[-1][1], start + length))
+        else:
+            spans.append((start, start + length))
+    return [(row, concept, tuple(spans)) for (row, concept), spans in ranges.items()]
+
+
+def find_interference(adapter: Adapter) -> list[Interference]:
+    """Return every address of one concept that occurs inside the trigger of another."""
+    found = []
+    anchored = adapter.anchored()
+    for stream, table in adapter.streams.items():
+        matcher = Matcher(adapter, stream)
+        triggers = table.triggers(slice(0, len(table.trigger_concept)))
+        columns = (column.tolist() for column in matcher.find_addresses(triggers))
+        pairs: dict[tuple[int, int, Ngram], bool] = {}
+        for row, start, length, concept in zip(*columns, strict=True):
+            owner = int(table.trigger_concept[row])
+            if owner != concept:
+                ids = triggers[row][start : start + length]
+                longer_wins = anchored[owner] and anchored[concept] and length < len(triggers[row])
+                pairs[concept, owner, ids] = bool(longer_wins)
+        found += [
+            Interference(
+                stream=stream,
+                concept=adapter.record(concept).name,
+                inside=adapter.record(owner).name,
+                ids=ids,
+                resolved=resolved,
+            )
+            for (concept, owner, ids), resolved in sorted(pairs.items())
+        ]
+    return found
+
+
+def check_tokenizers(adapter: Adapter, tokenizers: Mapping[str, StreamTokenizer]) -> None:
+    """Check that every stream has the tokenizer it was made with.
+
+    Raises:
+        InputError: naming the stream and both tokenizers.
+    """
+    for stream, spec in adapter.manifest.streams.items():
+        if stream not in tokenizers:
+            raise InputError(f"{adapter.label}: stream {stream!r} needs its tokenizer ({spec.tokenizer.class_name})")
+        one, other = spec.tokenizer, tokenizers[stream].spec
+        if one.fingerprint != other.fingerprint:
+            raise InputError(
+                f"{adapter.label}: stream {stream!r} was made with the tokenizer {one.class_name} "
+                f"{one.fingerprint[:12]} of {one.vocab_size} ids, this one is {other.class_name} "
+                f"{other.fingerprint[:12]} of {other.vocab_size}; use the tokenizer of {adapter.manifest.base_model}"
+            )

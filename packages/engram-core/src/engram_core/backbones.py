@@ -1,0 +1,97 @@
+"""The backbones installed packages offer, found through entry points and loaded only when used."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import Protocol, runtime_checkable
+
+from engram_core.errors import BackboneLoadError, BackboneNotFoundError
+from engram_core.tokenizer import StreamTokenizer
+
+ENTRY_POINT_GROUP = "engram.backbones"
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """What a package offers for one model family.
+
+    Register an object with these attributes under the entry-point group `engram.backbones`, in the name
+    users pass to `--backbone`. Further abilities are further methods; see `docs/third-party.md`.
+
+    Attributes:
+        name: the name of the entry point.
+        kind: `concept-table` or `hashed-memory`.
+        title: the model family in words.
+        streams: stream name to the site whose states are edited, e.g. `{"clip_l": "last_hidden_state"}`.
+    """
+
+    name: str
+    kind: str
+    title: str
+    streams: Mapping[str, str]
+
+    def load_tokenizers(self, model: str) -> Mapping[str, StreamTokenizer]:
+        """Return the tokenizers of a model (hub id or local folder) by stream; loads no weights."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstalledBackbone:
+    """A backbone that some installed package registers; not loaded yet."""
+
+    name: str
+    package: str
+    version: str
+    entry_point: EntryPoint
+
+    def load(self) -> Backbone:
+        """Import the backbone.
+
+        Raises:
+            BackboneLoadError: the import fails or the object is not a backbone.
+        """
+        where = f"backbone {self.name!r} of {self.package} {self.version} ({self.entry_point.value})"
+        try:
+            backbone = self.entry_point.load()
+        except Exception as error:  # a third party's import can raise anything
+            raise BackboneLoadError(f"{where}: cannot be imported: {type(error).__name__}: {error}") from error
+        if not isinstance(backbone, Backbone):
+            raise BackboneLoadError(
+                f"{where}: is not a backbone; it needs name, kind, title, streams and load_tokenizers"
+            )
+        if backbone.name != self.name:
+            raise BackboneLoadError(f"{where}: calls itself {backbone.name!r}; both names must agree")
+        return backbone
+
+
+def list_backbones() -> dict[str, InstalledBackbone]:
+    """Return the backbones of all installed packages, by name in order; imports none of them."""
+    found = {}
+    for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda entry: entry.name):
+        dist = entry.dist
+        found[entry.name] = InstalledBackbone(
+            name=entry.name,
+            package=dist.name if dist else "unknown package",
+            version=dist.version if dist else "",
+            entry_point=entry,
+        )
+    return found
+
+
+def load_backbone(name: str) -> Backbone:
+    """Import one backbone by name.
+
+    Raises:
+        BackboneNotFoundError: no installed package registers the name; suggests the nearest.
+        BackboneLoadError: its package cannot be imported.
+    """
+    installed = list_backbones()
+    if name not in installed:
+        near = difflib.get_close_matches(name, installed, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        known = ", ".join(installed) or "none"
+        raise BackboneNotFoundError(f"backbone {name!r} is not installed; {hint}installed: {known}")
+    return installed[name].load()

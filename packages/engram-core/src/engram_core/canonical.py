@@ -1,0 +1,67 @@
+"""Canonical JSON: the same content always gives the same bytes, so a file's hash is its identity."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+JSON_MAX_BYTES = 256 * 1024
+"""Largest JSON text the reader parses: bounds memory whatever a hostile file claims."""
+
+
+class DuplicateKeyError(ValueError):
+    """A JSON object names one key twice."""
+
+
+def dump_canonical(value: Any) -> bytes:
+    """Return `value` as canonical JSON: sorted keys, no white space, UTF-8, no NaN.
+
+    Raises:
+        ValueError: NaN or infinity in the value.
+        TypeError: something JSON cannot hold.
+    """
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8")
+
+
+def parse_strict(text: bytes) -> Any:
+    """Parse JSON, refusing duplicate keys, NaN, too long or too deep input.
+
+    Raises:
+        ValueError: with the reason; never RecursionError or MemoryError.
+    """
+    if len(text) > JSON_MAX_BYTES:
+        raise ValueError(f"has {len(text)} bytes of JSON, the limit is {JSON_MAX_BYTES}")
+    try:
+        return json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("nests its JSON too deeply") from None
+
+
+def parse_canonical(text: bytes) -> Any:
+    """Parse JSON that must be in the canonical form of `dump_canonical`.
+
+    Raises:
+        ValueError: with the reason, also when the same content has a shorter or sorted spelling.
+    """
+    value = parse_strict(text)
+    try:
+        canonical = dump_canonical(value)
+    except (RecursionError, UnicodeEncodeError):
+        raise ValueError("holds text that has no canonical form") from None
+    if canonical != text:
+        raise ValueError("is not canonical JSON (sorted keys, no white space)")
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise DuplicateKeyError(f"names the key {twice!r} twice")
+    return result
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"holds {name}")

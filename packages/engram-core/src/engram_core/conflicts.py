@@ -1,0 +1,242 @@
+"""Concepts that contradict each other: found before a merge, and settled the way the user chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from engram_core.adapter import Adapter
+from engram_core.errors import ConflictError, InputError
+from engram_core.parts import Part, PartColumn, join_manifests, load_part
+from engram_core.registry import Ngram
+from engram_core.trie import Trie
+
+OnConflict = Literal["error", "keep-first", "keep-last", "both"]
+ON_CONFLICT: tuple[OnConflict, ...] = ("error", "keep-first", "keep-last", "both")
+
+_NAME_MARK = "~"  # "cat" twice becomes "cat~1a2b3c4d" and "cat~5e6f7a8b"
+_MARK_DIGITS = 8
+
+
+class Member(NamedTuple):
+    """One concept of one of the adapters being combined, by number."""
+
+    part: int
+    concept: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conflict:
+    """Two different concepts that cannot simply live together.
+
+    Attributes:
+        kind: `trigger` (both own these trigger tokens), `span` (both own this n-gram and one of them fires
+            on it anywhere) or `name` (both have the name, under different triggers).
+        first, second: the concepts' names.
+        first_label, second_label: the files they come from.
+        stream: where they meet; empty for a name.
+        ids: the shared token ids; empty for a name.
+    """
+
+    kind: Literal["trigger", "span", "name"]
+    first: str
+    second: str
+    first_label: str
+    second_label: str
+    stream: str = ""
+    ids: Ngram = ()
+
+    def describe(self) -> str:
+        """Return the conflict as one line."""
+        what = (
+            f"the name {self.first!r}" if self.kind == "name" else f"the {self.kind} {list(self.ids)} of {self.stream}"
+        )
+        return f"{self.first!r} of {self.first_label} and {self.second!r} of {self.second_label} share {what}"
+
+
+def find_conflicts(adapters: Sequence[Adapter]) -> list[Conflict]:
+    """Return every pair of concepts of different adapters that a merge would have to settle.
+
+    Concepts that are identical, name included, agree and are no conflict. Concepts that already live
+    together in one of the adapters were settled before.
+
+    Raises:
+        IncompatibleAdaptersError: the adapters do not merge at all.
+    """
+    parts = [load_part(adapter) for adapter in adapters]
+    join_manifests(parts)
+    return Pool(parts).conflicts()
+
+
+class Pool:
+    """All concepts of the adapters being combined; identical ones are one."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        """Collect the concepts and drop repetitions."""
+        self._parts = parts
+        self._digests: dict[Member, str] = {}
+        by_name: dict[str, list[Member]] = {}
+        self._homes: dict[Member, set[int]] = {}  # the parts that hold the concept
+        for number, part in enumerate(parts):
+            for index, record in enumerate(part.records):
+                member = Member(number, index)
+                same = next((m for m in by_name.get(record.name, ()) if self._identical(m, member)), None)
+                if same is None:
+                    by_name.setdefault(record.name, []).append(member)
+                    self._homes[member] = {number}
+                else:
+                    self._homes[same].add(number)
+        self._groups = self._shared_addresses()
+        self._groups += [("name", "", (), members) for members in by_name.values() if len(members) > 1]
+
+    @property
+    def members(self) -> list[Member]:
+        """Every distinct concept, in the order given."""
+        return list(self._homes)
+
+    def name(self, member: Member) -> str:
+        """Return a concept's name."""
+        return self._parts[member.part].records[member.concept].name
+
+    def digest(self, member: Member) -> str:
+        """Return a concept's digest; opens its file again."""
+        if member not in self._digests:
+            self._digests[member] = self._parts[member.part].adapter().concept(member.concept).digest()
+        return self._digests[member]
+
+    def conflicts(self) -> list[Conflict]:
+        """Return every conflict, one for each pair of concepts, the strongest kind first."""
+        found: dict[tuple[Member, Member], Conflict] = {}
+        for kind, stream, ids, members in self._groups:
+            for position, second in enumerate(members):
+                for first in members[:position]:
+                    if (first, second) in found or not self._opposed(kind, first, second):
+                        continue
+                    found[first, second] = Conflict(
+                        kind=kind,
+                        first=self.name(first),
+                        second=self.name(second),
+                        first_label=self._parts[first.part].label,
+                        second_label=self._parts[second.part].label,
+                        stream=stream,
+                        ids=ids,
+                    )
+        return [found[pair] for pair in sorted(found)]
+
+    def settle(self, on_conflict: OnConflict) -> dict[Member, str]:
+        """Choose the concepts of the merge, and their names.
+
+        Raises:
+            ConflictError: there are conflicts and the choice is `error`; lists each.
+            InputError: not a known choice.
+        """
+        if on_conflict not in ON_CONFLICT:
+            raise InputError(f"on_conflict is {on_conflict!r}, expected one of {', '.join(ON_CONFLICT)}")
+        if on_conflict == "error":
+            conflicts = self.conflicts()
+            if conflicts:
+                lines = "".join(f"\n  {conflict.describe()}" for conflict in conflicts)
+                raise ConflictError(
+                    f"{len(conflicts)} conflicting pair{'s' * (len(conflicts) > 1)} of concepts; "
+                    f"choose keep-first, keep-last or both (--on-conflict):{lines}",
+                    conflicts,
+                )
+        members = self.members
+        if on_conflict in ("keep-first", "keep-last"):
+            members = self._keep(members if on_conflict == "keep-first" else members[::-1])
+        return self._distinct_names(members)
+
+    def _keep(self, members: Iterable[Member]) -> list[Member]:
+        """Keep each concept that contradicts none kept before it."""
+        touching: dict[Member, list[tuple[Literal["trigger", "span", "name"], list[Member]]]] = {}
+        for kind, _, _, group in self._groups:
+            for member in group:
+                touching.setdefault(member, []).append((kind, group))
+        kept: set[Member] = set()
+        for member in members:
+            rivals = (
+                rival
+                for kind, group in touching.get(member, ())
+                for rival in group
+                if rival in kept and self._opposed(kind, rival, member)
+            )
+            if next(rivals, None) is None:
+                kept.add(member)
+        return [member for member in self.members if member in kept]
+
+    def _distinct_names(self, members: list[Member]) -> dict[Member, str]:
+        """Name every concept; those that share a name all get a mark made of what they hold.
+
+        A concept that carries its own mark counts under the name before it, so that the outcome is the
+        same in whichever order, and in however many steps, concepts come together.
+        """
+        groups: dict[str, list[Member]] = {}
+        for member in members:
+            groups.setdefault(self._plain_name(member), []).append(member)
+        names = {}
+        for plain, group in groups.items():
+            for member in group:
+                names[member] = plain + self._mark(member) if len(group) > 1 else self.name(member)
+        return {member: names[member] for member in members}
+
+    def _plain_name(self, member: Member) -> str:
+        plain, mark, _ = self.name(member).rpartition(_NAME_MARK)
+        return plain if mark and plain + self._mark(member) == self.name(member) else self.name(member)
+
+    def _mark(self, member: Member) -> str:
+        return _NAME_MARK + self.digest(member)[:_MARK_DIGITS]
+
+    def _opposed(self, kind: str, first: Member, second: Member) -> bool:
+        """Tell whether two concepts that share an address or a name contradict each other."""
+        if first == second or self._homes[first] & self._homes[second]:
+            return False
+        return kind != "span" or "spans" in (self._activation(first), self._activation(second))
+
+    def _activation(self, member: Member) -> str:
+        return self._parts[member.part].records[member.concept].activation
+
+    def _identical(self, one: Member, other: Member) -> bool:
+        records = [self._parts[member.part].records[member.concept] for member in (one, other)]
+        return records[0] == records[1] and self.digest(one) == self.digest(other)
+
+    def _shared_addresses(self) -> list[tuple[Literal["trigger", "span", "name"], str, Ngram, list[Member]]]:
+        """Return the n-grams that several concepts own: (kind, stream, ids, owners)."""
+        groups: list[tuple[Literal["trigger", "span", "name"], str, Ngram, list[Member]]] = []
+        any_spans = any(self._activation(member) == "spans" for member in self._homes)
+        kinds: tuple[Literal["trigger", "span"], ...] = ("trigger", "span") if any_spans else ("trigger",)
+        for kind in kinds:
+            for stream in sorted({name for part in self._parts for name in part.streams}):
+                columns = [
+                    (
+                        number,
+                        part.streams[stream].triggers if kind == "trigger" else part.streams[stream].entries,
+                    )
+                    for number, part in enumerate(self._parts)
+                    if stream in part.streams
+                ]
+                groups += [(kind, stream, ids, members) for ids, members in self._shared_rows(columns)]
+        return groups
+
+    def _shared_rows(self, columns: list[tuple[int, PartColumn]]) -> list[tuple[Ngram, list[Member]]]:
+        sizes = [len(column.offsets) - 1 for _, column in columns]
+        starts = np.cumsum([0, *sizes])
+        shifts = np.cumsum([0, *(len(column.ids) for _, column in columns)])
+        ids = np.concatenate([column.ids for _, column in columns])
+        offsets = np.concatenate(
+            [[0], *(c.offsets[1:] + shift for (_, c), shift in zip(columns, shifts, strict=False))]
+        )
+        shared = []
+        for rows in Trie(ids, offsets).equal_patterns():
+            owners = set()
+            for row in rows:
+                which = int(np.searchsorted(starts, row, side="right")) - 1
+                number, column = columns[which]
+                concept = int(np.searchsorted(column.bounds, row - starts[which], side="right")) - 1
+                owners.add(Member(number, concept))
+            members = sorted(owners & self._homes.keys())
+            if len(members) > 1:
+                shared.append((tuple(ids[offsets[rows[0]] : offsets[rows[0] + 1]].tolist()), members))
+        return shared

@@ -1,0 +1,72 @@
+"""The exception tree: every error engram raises on purpose, each also a built-in type.
+
+Messages are one line: the fact, the values, the place, the remedy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from engram_core.conflicts import Conflict
+
+
+class EngramError(Exception):
+    """Base of every error engram raises on purpose."""
+
+
+class InputError(EngramError, ValueError):
+    """An argument has the wrong type, shape or value."""
+
+
+class TriggerError(EngramError, ValueError):
+    """A trigger cannot be registered with a tokenizer."""
+
+
+class AdapterFormatError(EngramError, ValueError):
+    """A file is not a valid adapter; the message names the file and the field."""
+
+
+class AdapterReadError(EngramError, OSError):
+    """A file cannot be read: missing, a folder, or not permitted."""
+
+
+class AdapterWriteError(EngramError, OSError):
+    """A file cannot be written: no space, not permitted, or no such folder."""
+
+
+class TargetExistsError(AdapterWriteError, FileExistsError):
+    """The target exists and overwriting was not asked for."""
+
+
+class ConceptNotFoundError(EngramError, KeyError):
+    """An adapter holds no concept of that name."""
+
+    def __str__(self) -> str:
+        # KeyError shows the repr of its argument; users should see the sentence.
+        return str(self.args[0])
+
+
+class IncompatibleAdaptersError(EngramError, ValueError):
+    """Two adapters belong to different backbones, base models, tokenizers, widths or kinds."""
+
+
+class ConflictError(EngramError, ValueError):
+    """Adapters hold concepts that contradict each other.
+
+    Attributes:
+        conflicts: every conflict found, in canonical order.
+    """
+
+    def __init__(self, message: str, conflicts: Sequence[Conflict]) -> None:
+        super().__init__(message)
+        self.conflicts = tuple(conflicts)
+
+
+class BackboneNotFoundError(EngramError, LookupError):
+    """No installed package registers a backbone of that name."""
+
+
+class BackboneLoadError(EngramError, ImportError):
+    """A registered backbone could not be imported or is not a backbone."""

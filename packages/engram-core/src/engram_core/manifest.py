@@ -1,0 +1,164 @@
+"""The manifest: what an adapter belongs to. Two adapters merge only when their manifests agree."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from engram_core.errors import InputError
+from engram_core.tokenizer import TokenizerSpec
+
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
+_MAX_WIDTH = 1 << 20
+_MAX_VOCABULARY = 1 << 31  # ids are int32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamSpec:
+    """One text encoder of a backbone: where its states are edited and how it reads text.
+
+    Attributes:
+        width: d, channels of the edited states.
+        site: which of the encoder's states the generator reads, e.g. `last_hidden_state`.
+        tokenizer: identity of the stream's tokenizer.
+    """
+
+    width: int
+    site: str
+    tokenizer: TokenizerSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What every concept of an adapter has in common.
+
+    Attributes:
+        backbone: model family, e.g. `sd15`.
+        base_model: id of the model the concepts were trained on.
+        base_fingerprint: hex SHA-256 that identifies the base weights, or None when unknown.
+        streams: stream name to its specification, in name order.
+    """
+
+    backbone: str
+    base_model: str
+    base_fingerprint: str | None = None
+    streams: Mapping[str, StreamSpec]
+
+    def __post_init__(self) -> None:
+        """Check every field; raises InputError."""
+        _require(_NAME.fullmatch(self.backbone), "backbone", self.backbone, "a lower-case name")
+        _require(is_printable_name(self.base_model), "base_model.id", self.base_model, "a printable name")
+        _require(
+            self.base_fingerprint is None or _FINGERPRINT.fullmatch(self.base_fingerprint),
+            "base_model.fingerprint",
+            self.base_fingerprint,
+            "null or 64 hexadecimal digits",
+        )
+        _require(self.streams, "streams", dict(self.streams), "at least one stream")
+        for name, stream in self.streams.items():
+            _require(_NAME.fullmatch(name), "streams", name, "lower-case stream names")
+            where, spec = f"streams.{name}", stream.tokenizer
+            _require(0 < stream.width <= _MAX_WIDTH, f"{where}.width", stream.width, f"1..{_MAX_WIDTH}")
+            _require(_NAME.fullmatch(stream.site), f"{where}.site", stream.site, "a lower-case name")
+            _require(
+                is_printable_name(spec.class_name),
+                f"{where}.tokenizer.class",
+                spec.class_name,
+                "a printable name",
+            )
+            _require(
+                0 < spec.vocab_size <= _MAX_VOCABULARY,
+                f"{where}.tokenizer.vocab_size",
+                spec.vocab_size,
+                f"1..{_MAX_VOCABULARY}",
+            )
+            _require(
+                _FINGERPRINT.fullmatch(spec.fingerprint),
+                f"{where}.tokenizer.fingerprint",
+                spec.fingerprint,
+                "64 hexadecimal digits",
+            )
+        object.__setattr__(self, "streams", MappingProxyType(dict(sorted(self.streams.items()))))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the manifest as plain JSON values."""
+        return {
+            "backbone": self.backbone,
+            "base_model": {"fingerprint": self.base_fingerprint, "id": self.base_model},
+            "streams": {
+                name: {
+                    "site": stream.site,
+                    "tokenizer": {
+                        "class": stream.tokenizer.class_name,
+                        "fingerprint": stream.tokenizer.fingerprint,
+                        "vocab_size": stream.tokenizer.vocab_size,
+                    },
+                    "width": stream.width,
+                }
+                for name, stream in self.streams.items()
+            },
+        }
+
+    @classmethod
+    def from_json(cls, value: Any) -> Manifest:
+        """Build a manifest from plain JSON values, refusing missing, unknown or mistyped fields.
+
+        Raises:
+            InputError: naming the field.
+        """
+        root = take_fields(value, "manifest", {"backbone": str, "base_model": dict, "streams": dict})
+        base = take_fields(root["base_model"], "base_model", {"fingerprint": (str, type(None)), "id": str})
+        streams = {}
+        for name, item in root["streams"].items():
+            where = f"streams.{name}"
+            stream = take_fields(item, where, {"site": str, "tokenizer": dict, "width": int})
+            spec = take_fields(
+                stream["tokenizer"],
+                f"{where}.tokenizer",
+                {"class": str, "fingerprint": str, "vocab_size": int},
+            )
+            tokenizer = TokenizerSpec(
+                class_name=spec["class"], vocab_size=spec["vocab_size"], fingerprint=spec["fingerprint"]
+            )
+            streams[name] = StreamSpec(width=stream["width"], site=stream["site"], tokenizer=tokenizer)
+        return cls(
+            backbone=root["backbone"],
+            base_model=base["id"],
+            base_fingerprint=base["fingerprint"],
+            streams=streams,
+        )
+
+
+def take_fields(value: Any, where: str, types: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any]:
+    """Return `value` when it is an object with exactly these fields of these types.
+
+    Raises:
+        InputError: naming the field at fault.
+    """
+    if not isinstance(value, dict):
+        raise InputError(f"{where} is {type(value).__name__}, expected an object")
+    for name in value:
+        if name not in types:
+            raise InputError(f"{where} has an unknown field {name!r}; known: {', '.join(sorted(types))}")
+    for name, expected in types.items():
+        if name not in value:
+            raise InputError(f"{where} lacks the field {name!r}")
+        item = value[name]
+        # bool is an int to Python, but not to JSON.
+        if not isinstance(item, expected) or (isinstance(item, bool) and expected is not bool):
+            raise InputError(f"{where}.{name} has the type {type(item).__name__}")
+    return value
+
+
+def is_printable_name(text: str, limit: int = 256) -> bool:
+    """Tell whether a text from a stranger is safe to show on one line of a terminal."""
+    return 0 < len(text) <= limit and text.isprintable() and text == text.strip()
+
+
+def _require(ok: object, field: str, value: object, expected: str) -> None:
+    if not ok:
+        raise InputError(f"{field} is {value!r}, expected {expected}")

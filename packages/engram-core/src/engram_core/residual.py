@@ -1,0 +1,289 @@
+"""The residual that matched entries add to frozen text states: the NumPy reference (report, section 2.5).
+
+Shapes: B rows, L positions, d width, M matches, G (concept, position) groups, P edited positions.
+All arithmetic is float32 in one canonical order, so the bits do not depend on what else is loaded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engram_core.adapter import Adapter
+from engram_core.concept import ConceptRecord, Rule
+from engram_core.errors import InputError
+from engram_core.matcher import Matches
+from engram_core.storage import decode_vectors
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Plan:
+    """How matches become residuals: which (match, position) pairs add up, and in which order.
+
+    Sums run rank by rank: within one rank every target occurs once, so each rank is one vectorised
+    addition and the order of float additions is fixed on every device.
+
+    Attributes:
+        match: int64 [Q], for each covered position of each match the match; grouped.
+        group: int64 [Q], the (position, concept) group it adds to.
+        match_ranks: bounds of the ranks within `match` and `group`.
+        group_size: int64 [G], entries that cover the position.
+        group_concept: int64 [G].
+        group_position: int64 [G], index into the edited positions.
+        group_order: int64 [G], groups in the order in which they add to their position.
+        group_ranks: bounds of the ranks within `group_order`.
+        row, position: int64 [P], the edited positions.
+    """
+
+    match: Ints
+    group: Ints
+    match_ranks: list[int]
+    group_size: Ints
+    group_concept: Ints
+    group_position: Ints
+    group_order: Ints
+    group_ranks: list[int]
+    row: Ints
+    position: Ints
+
+
+def plan_residual(matches: Matches) -> Plan:
+    """Lay out the additions for some matches, in canonical order (position, concept, entry, start)."""
+    match = np.repeat(np.arange(len(matches)), matches.length)
+    first = np.cumsum(matches.length) - matches.length
+    position = matches.start[match] + np.arange(len(match)) - first[match]
+    row, concept = matches.row[match], matches.concept[match]
+    order = np.lexsort((matches.start[match], matches.entry[match], concept, position, row))
+    match, row, position, concept = match[order], row[order], position[order], concept[order]
+    new_position = _changes(row, position)
+    new_group = new_position | _changes(concept)
+    group = np.cumsum(new_group) - 1
+    heads = np.flatnonzero(new_group)
+    group_position = (np.cumsum(new_position) - 1)[heads]
+    by_rank, match_ranks = _by_rank(new_group)
+    group_order, group_ranks = _by_rank(_changes(group_position))
+    return Plan(
+        match=match[by_rank],
+        group=group[by_rank],
+        match_ranks=match_ranks,
+        group_size=np.diff(np.append(heads, len(match))),
+        group_concept=concept[heads],
+        group_position=group_position,
+        group_order=group_order,
+        group_ranks=group_ranks,
+        row=row[new_position],
+        position=position[new_position],
+    )
+
+
+def mean_norm(hidden: npt.NDArray[Any], lengths: npt.ArrayLike | None = None) -> Floats:
+    """Return rho: for each row the mean over positions of the L2 norm of the frozen states.
+
+    Args:
+        hidden: [B, L, d].
+        lengths: int [B], how many positions the generator reads; None means all L, padding included.
+
+    Returns:
+        float32 [B].
+    """
+    norms: Floats = np.sqrt(np.square(hidden, dtype=np.float32).sum(axis=-1, dtype=np.float32))
+    counts = [norms.shape[1]] * len(norms) if lengths is None else np.asarray(lengths).tolist()
+    return np.array([row[:count].mean() for row, count in zip(norms, counts, strict=True)], np.float32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Edit:
+    """Everything but the numbers: which entries fire, under which rule, and how their residuals add up.
+
+    Attributes:
+        matches: what fires, without concepts of strength 0.
+        plan: the additions.
+        entries: int64 [U], the distinct entries.
+        concepts: their concepts.
+        rules: their rules.
+        which: int64 [M], for each match its place among the distinct entries.
+        relative: bool [M], matches under the relative rule.
+        mean: bool [G], groups whose entries are averaged.
+        strength: float32 [G], the strength of each group's concept.
+    """
+
+    matches: Matches
+    plan: Plan
+    entries: Ints
+    concepts: list[int]
+    rules: list[Rule]
+    which: Ints
+    relative: npt.NDArray[np.bool_]
+    mean: npt.NDArray[np.bool_]
+    strength: Floats
+
+
+class Editor:
+    """Prepares the edits of one stream; arithmetic in NumPy or PyTorch builds on it."""
+
+    def __init__(self, adapter: Adapter, stream: str) -> None:
+        """Take one stream of an adapter; nothing is read yet."""
+        self.table = adapter.streams[stream]
+        self._adapter = adapter
+        self._records: dict[int, ConceptRecord] = {}  # read when a concept first fires
+
+    def prepare(self, shape: Sequence[int], matches: Matches, strength: float | Mapping[str, float]) -> Edit | None:
+        """Return the edit for states of a shape, or None when nothing fires.
+
+        Raises:
+            InputError: shape, matches or strength do not fit.
+        """
+        width = self.table.scales.shape[1]
+        if len(shape) != 3 or shape[2] != width:
+            raise InputError(f"states have shape {list(shape)}, expected [B, L, {width}]")
+        factors = {c: self._strength(c, strength) for c in matches.concepts()}
+        matches = drop_silent(matches, [c for c, factor in factors.items() if factor == 0.0])
+        if not len(matches):
+            return None
+        if int((matches.start + matches.length).max()) > shape[1] or int(matches.row.max()) >= shape[0]:
+            raise InputError(f"matches reach beyond the states {list(shape)}; match the ids of the same positions")
+        plan = plan_residual(matches)
+        entries, which = np.unique(matches.entry, return_inverse=True)
+        concepts = self.table.concept[entries].tolist()
+        rules = [self._record(c).rule for c in concepts]
+        groups = plan.group_concept.tolist()
+        return Edit(
+            matches=matches,
+            plan=plan,
+            entries=entries,
+            concepts=concepts,
+            rules=rules,
+            which=which,
+            relative=np.array([rule == "relative" for rule in rules])[which],
+            mean=np.array([self._record(c).overlap == "mean" for c in groups]),
+            strength=np.array([factors[c] for c in groups], np.float32),
+        )
+
+    def _record(self, concept: int) -> ConceptRecord:
+        record = self._records.get(concept)
+        if record is None:
+            record = self._records[concept] = self._adapter.record(concept)
+        return record
+
+    def _strength(self, concept: int, strength: float | Mapping[str, float]) -> float:
+        factor = strength.get(self._record(concept).name, 1.0) if isinstance(strength, Mapping) else strength
+        if not math.isfinite(factor):
+            name = self._record(concept).name
+            raise InputError(f"strength of concept {name!r} is {factor}, expected a finite number")
+        return float(factor)
+
+
+class Residual:
+    """Edits the states of one stream with an adapter's concepts: the reference every backend is tested against."""
+
+    def __init__(self, adapter: Adapter, stream: str) -> None:
+        """Prepare one stream of an adapter; vectors are read when they fire."""
+        self._editor = Editor(adapter, stream)
+
+    def apply(
+        self,
+        hidden: npt.NDArray[Any],
+        matches: Matches,
+        *,
+        strength: float | Mapping[str, float] = 1.0,
+        lengths: npt.ArrayLike | None = None,
+    ) -> npt.NDArray[Any]:
+        """Return the edited states; the very same object when nothing fires.
+
+        Args:
+            hidden: frozen states [B, L, d], float32 or float16; never modified.
+            matches: what fires, as given by the stream's matcher on the ids of the same positions.
+            strength: one factor, or concept name to factor (1.0 for others); 0 is exactly the base model.
+            lengths: int [B], positions the generator reads, for the relative rule; None means all.
+
+        Raises:
+            InputError: shapes, types or the strength do not fit.
+        """
+        if hidden.dtype.kind != "f":
+            raise InputError(f"states are {hidden.dtype}, expected floats")
+        edit = self._editor.prepare(hidden.shape, matches, strength)
+        if edit is None:
+            return hidden
+        edited: npt.NDArray[Any] = hidden.copy()
+        edited[edit.plan.row, edit.plan.position] += self._delta(edit, hidden, lengths).astype(hidden.dtype)
+        return edited
+
+    def _delta(self, edit: Edit, hidden: npt.NDArray[Any], lengths: npt.ArrayLike | None) -> Floats:
+        """Return the residual of each edited position, float32 [P, d]."""
+        plan = edit.plan
+        terms = self._terms(edit)[edit.which]
+        if edit.relative.any():
+            rho = mean_norm(hidden, lengths)
+            terms[edit.relative] *= rho[edit.matches.row[edit.relative], None]
+        groups = np.zeros((len(plan.group_size), terms.shape[1]), np.float32)
+        for low, high in pairwise(plan.match_ranks):
+            groups[plan.group[low:high]] += terms[plan.match[low:high]]
+        groups[edit.mean] /= plan.group_size[edit.mean, None].astype(np.float32)
+        groups *= edit.strength[:, None]
+        delta = np.zeros((len(plan.row), terms.shape[1]), np.float32)
+        for low, high in pairwise(plan.group_ranks):
+            chosen = plan.group_order[low:high]
+            delta[plan.group_position[chosen]] += groups[chosen]
+        return delta
+
+    def _terms(self, edit: Edit) -> Floats:
+        """Return the residual of each distinct entry, float32 [U, d]; for the relative rule without rho."""
+        table = self._editor.table
+        vectors = decode_vectors(table.vectors[edit.entries], table.dtype).astype(np.float32)
+        scales = table.scales[edit.concepts].astype(np.float32)
+        rules = np.array(edit.rules)
+        bounded = rules != "absolute"
+        scales[bounded] = np.tanh(scales[bounded])
+        relative = rules == "relative"
+        norms = np.sqrt(np.square(vectors[relative]).sum(axis=1, dtype=np.float32))
+        vectors[relative] /= np.maximum(norms, np.float32(1e-12))[:, None]
+        return vectors * scales
+
+
+def drop_silent(matches: Matches, concepts: list[int]) -> Matches:
+    """Return the matches without those of some concepts (those with strength 0)."""
+    if not concepts:
+        return matches
+    keep = ~np.isin(matches.concept, concepts)
+    shown = ~np.isin(matches.trigger_concept, concepts)
+    return Matches(
+        row=matches.row[keep],
+        start=matches.start[keep],
+        length=matches.length[keep],
+        entry=matches.entry[keep],
+        concept=matches.concept[keep],
+        trigger_row=matches.trigger_row[shown],
+        trigger_start=matches.trigger_start[shown],
+        trigger_length=matches.trigger_length[shown],
+        trigger_concept=matches.trigger_concept[shown],
+    )
+
+
+def _changes(*columns: Ints) -> npt.NDArray[np.bool_]:
+    """Return where a row of sorted columns differs from the one before; the first always does."""
+    changed = np.zeros(len(columns[0]), bool)
+    changed[:1] = True
+    for column in columns:
+        changed[1:] |= column[1:] != column[:-1]
+    return changed
+
+
+def _by_rank(begins: npt.NDArray[np.bool_]) -> tuple[Ints, list[int]]:
+    """Reorder items so that the first of every group comes first, then every second, and so on.
+
+    Returns:
+        The order, and the bounds of the ranks within it.
+    """
+    heads = np.flatnonzero(begins)
+    rank = np.arange(len(begins)) - heads[np.cumsum(begins) - 1] if len(begins) else np.zeros(0, np.int64)
+    order = np.argsort(rank, kind="stable")
+    return order, [0, *np.cumsum(np.bincount(rank)).tolist()]

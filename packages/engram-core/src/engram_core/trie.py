@@ -1,0 +1,109 @@
+"""Exact lookup of many token sequences at once: a trie in one sorted array, walked for all positions together.
+
+Keys are (node, token) pairs packed into 64 bits and compared in full, so there are no hash collisions and
+no false positives. Nodes are numbered level by level in key order, which makes the child of the key at
+rank r simply node r + 1: the array of keys is the whole trie.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+
+
+class Trie:
+    """An immutable set of P token sequences.
+
+    Cost of a walk: a few NumPy calls for each token of the longest sequence that a position still agrees
+    with; a position that begins no sequence is dropped at once. Memory: about 8 bytes a node, 4 a node
+    for the way to its sequences, 4 a sequence.
+    """
+
+    __slots__ = ("_keys", "_levels", "_pattern_start", "_patterns")
+
+    def __init__(self, ids: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64]) -> None:
+        """Build from P sequences of at least one token.
+
+        Args:
+            ids: int32, all sequences end to end, each id at least 0.
+            offsets: int64 [P+1], where each begins.
+        """
+        lengths = np.diff(offsets)
+        node = np.zeros(len(lengths), np.int64)
+        alive = np.arange(len(lengths))
+        levels: list[Ints] = []
+        n_nodes = 1
+        depth = 0
+        while alive.size:
+            keys, rank = np.unique(_pack(node[alive], ids[offsets[alive] + depth]), return_inverse=True)
+            node[alive] = n_nodes + rank
+            n_nodes += len(keys)
+            levels.append(keys)
+            depth += 1
+            alive = alive[lengths[alive] > depth]
+        self._keys: Ints = np.concatenate(levels) if levels else np.zeros(0, np.int64)
+        self._levels = np.cumsum([0, *map(len, levels)]).tolist()
+        self._patterns = np.argsort(node, kind="stable").astype(np.int32)
+        self._pattern_start = np.searchsorted(node[self._patterns], np.arange(n_nodes + 1)).astype(np.int32)
+
+    @property
+    def depth(self) -> int:
+        """Tokens of the longest sequence."""
+        return len(self._levels) - 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory the trie holds."""
+        arrays: tuple[npt.NDArray[Any], ...] = (self._keys, self._patterns, self._pattern_start)
+        return sum(array.nbytes for array in arrays)
+
+    def equal_patterns(self) -> list[list[int]]:
+        """Return the groups of two or more sequences that are equal, each ascending."""
+        bounds = self._pattern_start
+        shared = np.flatnonzero(np.diff(bounds) > 1).tolist()
+        return [self._patterns[bounds[node] : bounds[node + 1]].tolist() for node in shared]
+
+    def walk(self, tokens: Ints) -> tuple[Ints, Ints]:
+        """Find every sequence at every position.
+
+        Args:
+            tokens: int64 [n]; a negative token agrees with nothing, and the last must be negative.
+
+        Returns:
+            Two int64 [M] arrays: position of the first token, and number of the sequence.
+        """
+        positions: list[Ints] = []
+        patterns: list[Ints] = []
+        where = np.arange(len(tokens))
+        node: Ints = np.zeros(len(tokens), np.int64)
+        for depth in range(self.depth):
+            low, high = self._levels[depth], self._levels[depth + 1]
+            level = self._keys[low:high]
+            key = _pack(node, tokens[where + depth]) if depth else tokens
+            rank = level.searchsorted(key)
+            rank[rank == high - low] = 0
+            found = (level[rank] == key).nonzero()[0]
+            if not found.size:
+                break
+            where = where[found]
+            node = rank[found] + (low + 1)
+            first, last = self._pattern_start[node], self._pattern_start[node + 1]
+            ends = (last > first).nonzero()[0]
+            if ends.size:
+                counts = (last - first)[ends].astype(np.int64)
+                positions.append(np.repeat(where[ends], counts))
+                within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+                patterns.append(self._patterns[np.repeat(first[ends], counts) + within].astype(np.int64))
+        if not positions:
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        return np.concatenate(positions), np.concatenate(patterns)
+
+
+def _pack(node: Ints, token: npt.NDArray[Any]) -> Ints:
+    # A negative token makes the key negative, and no stored key is.
+    packed: Ints = (node << 32) | token
+    return packed
