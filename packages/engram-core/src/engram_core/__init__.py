@@ -8,13 +8,24 @@ from engram_core.adapter import Adapter, StreamTable, open_adapter
 from engram_core.audit import (
     Firing,
     Interference,
+    PromptAudit,
+    PromptReport,
+    SilentTrigger,
+    StreamReading,
     audit_lines,
     check_tokenizers,
     find_interference,
     fired_spans,
 )
-from engram_core.backbones import Backbone, InstalledBackbone, list_backbones, load_backbone
-from engram_core.concept import Concept, ConceptRecord, ConceptStream
+from engram_core.backbones import (
+    Backbone,
+    ConvertingBackbone,
+    ConvertSettings,
+    InstalledBackbone,
+    list_backbones,
+    load_backbone,
+)
+from engram_core.concept import Activation, Concept, ConceptRecord, ConceptStream, Overlap, Rule, VectorType
 from engram_core.conflicts import ON_CONFLICT, Conflict, OnConflict, find_conflicts
 from engram_core.errors import (
     AdapterFormatError,
@@ -52,6 +63,7 @@ __all__ = [
     "DEFAULT_MAX_NGRAM",
     "NO_MATCHES",
     "ON_CONFLICT",
+    "Activation",
     "Adapter",
     "AdapterFormatError",
     "AdapterReadError",
@@ -65,6 +77,8 @@ __all__ = [
     "ConceptStream",
     "Conflict",
     "ConflictError",
+    "ConvertSettings",
+    "ConvertingBackbone",
     "EngramError",
     "Firing",
     "IncompatibleAdaptersError",
@@ -77,9 +91,15 @@ __all__ = [
     "MergeReport",
     "NgramHash",
     "OnConflict",
+    "Overlap",
+    "PromptAudit",
+    "PromptReport",
     "Registry",
     "Residual",
+    "Rule",
+    "SilentTrigger",
     "SkippedContext",
+    "StreamReading",
     "StreamSpec",
     "StreamTable",
     "StreamTokenizer",
@@ -88,6 +108,7 @@ __all__ = [
     "TokenizerSpec",
     "TriggerError",
     "Variant",
+    "VectorType",
     "audit_lines",
     "build_registry",
     "check_tokenizers",

@@ -171,8 +171,8 @@ class Adapter:
         writer = ContainerWriter(buffer, pack_metadata(manifest), shapes)
         for key, (_, array) in arrays.items():
             writer.write(key, np.ascontiguousarray(array))
-        adapter = cls.from_bytes(buffer.getvalue(), label)
         try:
+            adapter = cls.from_bytes(buffer.getvalue(), label)
             adapter.check()
         except AdapterFormatError as error:  # the concepts came from the caller, not from a file
             raise InputError(str(error)) from None

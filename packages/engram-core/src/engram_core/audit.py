@@ -99,6 +99,94 @@ def fired_spans(matches: Matches) -> list[tuple[int, int, tuple[tuple[int, int],
     return [(row, concept, tuple(spans)) for (row, concept), spans in ranges.items()]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamReading:
+    """What one stream makes of a prompt.
+
+    Attributes:
+        ids: token ids of the whole prompt, special tokens left out.
+        n_read: how many of them the encoder reads; the rest is cut off.
+        fired: (concept, merged token ranges) of what fires within them.
+    """
+
+    ids: Ngram
+    n_read: int
+    fired: tuple[tuple[str, tuple[tuple[int, int], ...]], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SilentTrigger:
+    """A trigger that stands in a prompt as text, but does not fire in a stream; and why."""
+
+    concept: str
+    stream: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptReport:
+    """What a prompt does: per stream its reading, and the triggers that stay silent."""
+
+    prompt: str
+    streams: Mapping[str, StreamReading]
+    silent: tuple[SilentTrigger, ...]
+
+
+class PromptAudit:
+    """Tells for each prompt what fires, and which triggers stand in it as text without firing."""
+
+    def __init__(self, adapter: Adapter, tokenizers: Mapping[str, StreamTokenizer]) -> None:
+        """Index an adapter.
+
+        Raises:
+            InputError: a tokenizer is missing or is not the one the adapter was made with.
+        """
+        check_tokenizers(adapter, tokenizers)
+        self._adapter, self._tokenizers = adapter, tokenizers
+        self._matchers = {stream: Matcher(adapter, stream) for stream in adapter.streams}
+        self._triggers = [_plain(record.trigger) for record in adapter.records()]
+
+    def examine(self, prompt: str) -> PromptReport:
+        """Return what one prompt does."""
+        streams: dict[str, StreamReading] = {}
+        text = _plain(prompt)
+        present = [index for index, trigger in enumerate(self._triggers) if trigger in text]
+        silent = []
+        for stream, matcher in self._matchers.items():
+            tokenizer = self._tokenizers[stream]
+            ids = tuple(int(i) for i in tokenizer.encode(prompt))
+            n_read = len(ids) if tokenizer.max_tokens is None else min(len(ids), tokenizer.max_tokens)
+            fired = {concept: spans for _, concept, spans in fired_spans(matcher.match(ids[:n_read]))}
+            streams[stream] = StreamReading(
+                ids=ids,
+                n_read=n_read,
+                fired=tuple((self._adapter.record(concept).name, spans) for concept, spans in fired.items()),
+            )
+            for concept in present:
+                table = self._adapter.streams[stream].trigger_rows(concept)
+                if concept not in fired and table.start < table.stop:
+                    reason = self._explain(matcher, ids, n_read, concept)
+                    silent.append(
+                        SilentTrigger(concept=self._adapter.record(concept).name, stream=stream, reason=reason)
+                    )
+        return PromptReport(prompt=prompt, streams=streams, silent=tuple(silent))
+
+    def _explain(self, matcher: Matcher, ids: Ngram, n_read: int, concept: int) -> str:
+        _, start, length, owner = matcher.find_addresses(ids)
+        found = np.flatnonzero(owner == concept)
+        if not found.size:
+            return "the tokenizer cuts it here into tokens that are not registered"
+        first, last = int(start[found[0]]), int(start[found[0]] + length[found[0]])
+        if last > n_read:
+            return f"it is cut off: it stands at tokens {first + 1} to {last}, the encoder reads {n_read}"
+        return "a trigger that begins earlier, or is longer, covers it"
+
+
+def _plain(text: str) -> str:
+    """Return text as people compare it: case and runs of white space do not matter."""
+    return " ".join(text.casefold().split())
+
+
 def find_interference(adapter: Adapter) -> list[Interference]:
     """Return every address of one concept that occurs inside the trigger of another."""
     found = []
@@ -113,7 +201,8 @@ def find_interference(adapter: Adapter) -> list[Interference]:
             if owner != concept:
                 ids = triggers[row][start : start + length]
                 longer_wins = anchored[owner] and anchored[concept] and length < len(triggers[row])
-                pairs[concept, owner, ids] = bool(longer_wins)
+                # The address may be a whole variant of the owner's trigger as well as part of another.
+                pairs[concept, owner, ids] = bool(longer_wins) and pairs.get((concept, owner, ids), True)
         found += [
             Interference(
                 stream=stream,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from engram_core.adapter import Adapter
+from engram_core.concept import Rule
 from engram_core.errors import BackboneLoadError, BackboneNotFoundError
 from engram_core.tokenizer import StreamTokenizer
 
@@ -26,15 +29,58 @@ class Backbone(Protocol):
         kind: `concept-table` or `hashed-memory`.
         title: the model family in words.
         streams: stream name to the site whose states are edited, e.g. `{"clip_l": "last_hidden_state"}`.
+        default_model: hub id used when no model is named.
     """
 
     name: str
     kind: str
     title: str
     streams: Mapping[str, str]
+    default_model: str
 
-    def load_tokenizers(self, model: str) -> Mapping[str, StreamTokenizer]:
-        """Return the tokenizers of a model (hub id or local folder) by stream; loads no weights."""
+    def load_tokenizers(self, model: str, streams: Collection[str] | None = None) -> Mapping[str, StreamTokenizer]:
+        """Return the tokenizers of a model (hub id or local folder) by stream; loads no weights.
+
+        Args:
+            model: hub id or local folder.
+            streams: load only these; None means all.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertSettings:
+    """What a user can say about a foreign checkpoint; None where the checkpoint should know.
+
+    Attributes:
+        model: hub id or folder of the base model, for its tokenizers.
+        name: name of the concept.
+        trigger: the phrase it was trained with.
+        max_ngram: N of its registration.
+        rule: how its vectors become residuals.
+    """
+
+    model: str | None = None
+    name: str | None = None
+    trigger: str | None = None
+    max_ngram: int | None = None
+    rule: Rule | None = None
+
+
+@runtime_checkable
+class ConvertingBackbone(Backbone, Protocol):
+    """A backbone that can import checkpoints of other tools."""
+
+    def convert(self, source: Path, settings: ConvertSettings) -> Adapter:
+        """Return a foreign checkpoint as an adapter.
+
+        Args:
+            source: a file or folder.
+            settings: what the user said about it.
+
+        Raises:
+            EngramError: the checkpoint cannot be read or does not fit.
+        """
         ...
 
 
@@ -60,7 +106,7 @@ class InstalledBackbone:
             raise BackboneLoadError(f"{where}: cannot be imported: {type(error).__name__}: {error}") from error
         if not isinstance(backbone, Backbone):
             raise BackboneLoadError(
-                f"{where}: is not a backbone; it needs name, kind, title, streams and load_tokenizers"
+                f"{where}: is not a backbone; it needs name, kind, title, streams, default_model and load_tokenizers"
             )
         if backbone.name != self.name:
             raise BackboneLoadError(f"{where}: calls itself {backbone.name!r}; both names must agree")

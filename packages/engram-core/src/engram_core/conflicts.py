@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -34,7 +34,8 @@ class Conflict:
 
     Attributes:
         kind: `trigger` (both own these trigger tokens), `span` (both own this n-gram and one of them fires
-            on it anywhere) or `name` (both have the name, under different triggers).
+            on it anywhere) or `name` (both have the name, under different triggers; the mark that an
+            earlier merge gave to one of them does not count).
         first, second: the concepts' names.
         first_label, second_label: the files they come from.
         stream: where they meet; empty for a name.
@@ -52,7 +53,9 @@ class Conflict:
     def describe(self) -> str:
         """Return the conflict as one line."""
         what = (
-            f"the name {self.first!r}" if self.kind == "name" else f"the {self.kind} {list(self.ids)} of {self.stream}"
+            f"the name {min(self.first, self.second)!r}"
+            if self.kind == "name"
+            else f"the {self.kind} {list(self.ids)} of {self.stream}"
         )
         return f"{self.first!r} of {self.first_label} and {self.second!r} of {self.second_label} share {what}"
 
@@ -78,17 +81,22 @@ class Pool:
         """Collect the concepts and drop repetitions."""
         self._parts = parts
         self._digests: dict[Member, str] = {}
-        by_name: dict[str, list[Member]] = {}
         self._homes: dict[Member, set[int]] = {}  # the parts that hold the concept
+        self._plain: dict[Member, str] = {}  # its name without the mark a merge gave it
+        self._names: dict[Member, str] = {}  # the first of the names it has in them
+        by_name: dict[str, list[Member]] = {}
         for number, part in enumerate(parts):
             for index, record in enumerate(part.records):
                 member = Member(number, index)
-                same = next((m for m in by_name.get(record.name, ()) if self._identical(m, member)), None)
+                plain = self._plain_name(member)
+                same = next((m for m in by_name.get(plain, ()) if self._identical(m, member)), None)
                 if same is None:
-                    by_name.setdefault(record.name, []).append(member)
+                    by_name.setdefault(plain, []).append(member)
                     self._homes[member] = {number}
+                    self._plain[member], self._names[member] = plain, record.name
                 else:
                     self._homes[same].add(number)
+                    self._names[same] = min(self._names[same], record.name)
         self._groups = self._shared_addresses()
         self._groups += [("name", "", (), members) for members in by_name.values() if len(members) > 1]
 
@@ -175,16 +183,18 @@ class Pool:
         """
         groups: dict[str, list[Member]] = {}
         for member in members:
-            groups.setdefault(self._plain_name(member), []).append(member)
+            groups.setdefault(self._plain[member], []).append(member)
         names = {}
         for plain, group in groups.items():
             for member in group:
-                names[member] = plain + self._mark(member) if len(group) > 1 else self.name(member)
+                names[member] = plain + self._mark(member) if len(group) > 1 else self._names[member]
         return {member: names[member] for member in members}
 
     def _plain_name(self, member: Member) -> str:
-        plain, mark, _ = self.name(member).rpartition(_NAME_MARK)
-        return plain if mark and plain + self._mark(member) == self.name(member) else self.name(member)
+        name = self.name(member)
+        plain, _, digits = name.rpartition(_NAME_MARK)
+        marked = plain and len(digits) == _MARK_DIGITS and _NAME_MARK + digits == self._mark(member)
+        return plain if marked else name
 
     def _mark(self, member: Member) -> str:
         return _NAME_MARK + self.digest(member)[:_MARK_DIGITS]
@@ -193,14 +203,16 @@ class Pool:
         """Tell whether two concepts that share an address or a name contradict each other."""
         if first == second or self._homes[first] & self._homes[second]:
             return False
+        if kind == "name":  # two that carry their marks already are told apart by them
+            return any(self._names[member] == self._plain[member] for member in (first, second))
         return kind != "span" or "spans" in (self._activation(first), self._activation(second))
 
     def _activation(self, member: Member) -> str:
         return self._parts[member.part].records[member.concept].activation
 
     def _identical(self, one: Member, other: Member) -> bool:
-        records = [self._parts[member.part].records[member.concept] for member in (one, other)]
-        return records[0] == records[1] and self.digest(one) == self.digest(other)
+        first, second = (self._parts[member.part].records[member.concept] for member in (one, other))
+        return first == replace(second, name=first.name) and self.digest(one) == self.digest(other)
 
     def _shared_addresses(self) -> list[tuple[Literal["trigger", "span", "name"], str, Ngram, list[Member]]]:
         """Return the n-grams that several concepts own: (kind, stream, ids, owners)."""

@@ -85,11 +85,11 @@ def open_container(path: str | os.PathLike[str]) -> Container:
         AdapterFormatError: the header is not that of a valid safetensors file.
     """
     file = Path(path)
-    label = str(path)
+    label = str(path) if str(path).isprintable() else repr(str(path))
     try:
         descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        raise AdapterReadError(f"{label!r}: cannot be opened: {_reason(error)}") from None
+        raise AdapterReadError(f"{label}: cannot be opened: {_reason(error)}") from None
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):

@@ -233,13 +233,9 @@ def _take(
 
 def _flatten(ids: TokenIds) -> tuple[Ints, int]:
     """Return all rows end to end with a separator after each, and the width of a row with its separator."""
-    if isinstance(ids, np.ndarray):
-        array = ids
-    else:
-        rows = list(ids)
-        if rows and not isinstance(rows[0], (int, np.integer)):
-            return _flatten_lists(rows)
-        array = np.asarray(rows if rows else np.zeros(0, np.int64))
+    if isinstance(ids, Sequence) and len(ids) and not isinstance(ids[0], (int, np.integer)):
+        return _flatten_lists(ids)
+    array = ids if isinstance(ids, np.ndarray) else _row(ids)
     if array.dtype.kind not in "iu" or array.ndim not in (1, 2):
         raise InputError(
             f"token ids are {array.dtype} with {array.ndim} axes; "
@@ -255,7 +251,7 @@ def _flatten(ids: TokenIds) -> tuple[Ints, int]:
 
 
 def _flatten_lists(rows: Sequence[Any]) -> tuple[Ints, int]:
-    arrays = [np.asarray(row) if len(row) else np.zeros(0, np.int64) for row in rows]
+    arrays = [_row(row) for row in rows]
     for array in arrays:
         if array.dtype.kind not in "iu" or array.ndim != 1:
             raise InputError(
@@ -266,3 +262,12 @@ def _flatten_lists(rows: Sequence[Any]) -> tuple[Ints, int]:
     for row, array in zip(tokens, arrays, strict=True):
         row[: len(array)] = np.where((array >= 0) & (array < 1 << 31), array, -1)
     return tokens.reshape(-1), width
+
+
+def _row(values: Any) -> npt.NDArray[Any]:
+    """Return one row as an array; what is no row becomes an array that the caller refuses."""
+    try:
+        array = np.asarray(values)
+    except ValueError:  # lists of different lengths
+        return np.empty(0, object)
+    return array if array.size else array.astype(np.int64)  # an empty list has no type of its own

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -146,19 +146,15 @@ def join_manifests(parts: list[Part]) -> Manifest:
             _agree(field, getattr(first.manifest, field), first, getattr(part.manifest, field), part)
         for name, spec in part.manifest.streams.items():
             known, owner = streams.setdefault(name, (spec, part))
-            if spec != known:
-                _agree(f"{name}.width", known.width, owner, spec.width, part)
-                _agree(f"{name}.site", known.site, owner, spec.site, part)
-                for field in ("class_name", "vocab_size", "fingerprint"):
-                    one, other = getattr(known.tokenizer, field), getattr(spec.tokenizer, field)
-                    _agree(f"{name}.tokenizer.{field}", one, owner, other, part)
-    manifest = first.manifest
-    return Manifest(
-        backbone=manifest.backbone,
-        base_model=manifest.base_model,
-        base_fingerprint=manifest.base_fingerprint,
-        streams={name: spec for name, (spec, _) in streams.items()},
-    )
+            _agree(f"{name}.width", known.width, owner, spec.width, part)
+            _agree(f"{name}.site", known.site, owner, spec.site, part)
+            one, other = known.tokenizer, spec.tokenizer
+            _agree(f"{name}.tokenizer.vocab_size", one.vocab_size, owner, other.vocab_size, part)
+            _agree(f"{name}.tokenizer.fingerprint", one.fingerprint, owner, other.fingerprint, part)
+            # One tokenizer may be called by several class names; the choice must not depend on the order.
+            if other.class_name < one.class_name:
+                streams[name] = spec, owner
+    return replace(first.manifest, streams={name: spec for name, (spec, _) in streams.items()})
 
 
 def _agree(field: str, one: object, first: Part, other: object, second: Part) -> None:

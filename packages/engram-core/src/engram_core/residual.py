@@ -6,7 +6,6 @@ All arithmetic is float32 in one canonical order, so the bits do not depend on w
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,6 +22,8 @@ from engram_core.storage import decode_vectors
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
+
+_MAX_FACTOR = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -94,10 +95,31 @@ def mean_norm(hidden: npt.NDArray[Any], lengths: npt.ArrayLike | None = None) ->
 
     Returns:
         float32 [B].
+
+    Raises:
+        InputError: the lengths are not B integers in 1..L.
     """
     norms: Floats = np.sqrt(np.square(hidden, dtype=np.float32).sum(axis=-1, dtype=np.float32))
-    counts = [norms.shape[1]] * len(norms) if lengths is None else np.asarray(lengths).tolist()
+    counts = [norms.shape[1]] * len(norms) if lengths is None else check_lengths(lengths, norms.shape).tolist()
     return np.array([row[:count].mean() for row, count in zip(norms, counts, strict=True)], np.float32)
+
+
+def check_lengths(lengths: npt.ArrayLike, shape: Sequence[int]) -> npt.NDArray[np.integer[Any]]:
+    """Return the lengths of B rows of at most L positions as an array.
+
+    Args:
+        lengths: integers [B].
+        shape: B and L.
+
+    Raises:
+        InputError: they are not B integers in 1..L.
+    """
+    counts = np.asarray(lengths)
+    if counts.dtype.kind not in "iu" or counts.shape != (shape[0],):
+        raise InputError(f"lengths are {counts.dtype} {list(counts.shape)}, expected integers [{shape[0]}]")
+    if counts.size and not (counts.min() >= 1 and counts.max() <= shape[1]):
+        raise InputError(f"lengths reach from {counts.min()} to {counts.max()}, outside 1..{shape[1]}")
+    return counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -132,6 +154,8 @@ class Editor:
 
     def __init__(self, adapter: Adapter, stream: str) -> None:
         """Take one stream of an adapter; nothing is read yet."""
+        if stream not in adapter.streams:
+            raise InputError(f"{adapter.label}: has no stream {stream!r}; it has {', '.join(adapter.streams)}")
         self.table = adapter.streams[stream]
         self._adapter = adapter
         self._records: dict[int, ConceptRecord] = {}  # read when a concept first fires
@@ -176,7 +200,7 @@ class Editor:
 
     def _strength(self, concept: int, strength: float | Mapping[str, float]) -> float:
         factor = strength.get(self._record(concept).name, 1.0) if isinstance(strength, Mapping) else strength
-        if not math.isfinite(factor):
+        if not abs(factor) <= _MAX_FACTOR:
             name = self._record(concept).name
             raise InputError(f"strength of concept {name!r} is {factor}, expected a finite number")
         return float(factor)

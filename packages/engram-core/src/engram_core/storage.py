@@ -37,6 +37,7 @@ def encode_vectors(vectors: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[
             return half
     bits = source.view("<u4")
     rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    rounded[np.isnan(source)] = 0x7FC0 << 16  # the carry would turn some of them into numbers
     upper: npt.NDArray[np.uint16] = (rounded >> np.uint32(16)).astype("<u2")
     return upper
 

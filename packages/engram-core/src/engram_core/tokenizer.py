@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,12 +67,13 @@ def fingerprint_tokenizer(vocabulary: Mapping[str, int], encode: Callable[[str],
     return hashlib.sha256(dump_canonical([pairs, probes])).hexdigest()
 
 
-def wrap_tokenizer(tokenizer: Any, *, max_length: int | None = None) -> StreamTokenizer:
+def wrap_tokenizer(tokenizer: Any, *, max_length: int | None = None, class_name: str | None = None) -> StreamTokenizer:
     """Adapt a tokenizer of `transformers` or `tokenizers`; neither library is imported.
 
     Args:
         tokenizer: a `transformers` tokenizer, or a `tokenizers.Tokenizer`.
         max_length: ids the encoder reads, special tokens included; None means the tokenizer's own limit.
+        class_name: name for people; None means the object's class.
 
     Raises:
         InputError: the object is neither.
@@ -85,6 +87,10 @@ def wrap_tokenizer(tokenizer: Any, *, max_length: int | None = None) -> StreamTo
         if max_length is None and tokenizer.model_max_length < 1_000_000:  # transformers: 1e30 means none
             max_length = int(tokenizer.model_max_length)
     elif hasattr(tokenizer, "get_added_tokens_decoder"):  # tokenizers.Tokenizer
+        if tokenizer.truncation or tokenizer.padding:  # files often carry both; a copy does without
+            tokenizer = copy.deepcopy(tokenizer)
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
         encode = _TokenizersEncode(tokenizer)
         show = lambda ids: [tokenizer.id_to_token(int(i)) or "?" for i in ids]  # noqa: E731
         added = tokenizer.get_added_tokens_decoder()
@@ -98,7 +104,7 @@ def wrap_tokenizer(tokenizer: Any, *, max_length: int | None = None) -> StreamTo
         )
     vocabulary = tokenizer.get_vocab()
     spec = TokenizerSpec(
-        class_name=type(tokenizer).__name__.removesuffix("Fast"),
+        class_name=(class_name or type(tokenizer).__name__).removesuffix("Fast"),
         vocab_size=max(vocab_size, 1 + max(vocabulary.values(), default=0)),
         fingerprint=fingerprint_tokenizer(vocabulary, encode),
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 from engram_core.adapter import Adapter
 from engram_core.errors import InputError
 from engram_core.matcher import Matcher, Matches
-from engram_core.residual import Edit, Editor
+from engram_core.residual import Edit, Editor, check_lengths
 from engram_core.storage import decode_vectors
 
 __all__ = ["Residual", "add_terms", "entry_terms", "match_tensor", "mean_norm"]
@@ -45,10 +45,14 @@ def mean_norm(hidden: Tensor, lengths: Tensor | None = None) -> Tensor:
     Args:
         hidden: [B, L, d].
         lengths: integers [B], positions the generator reads; None means all L, padding included.
+
+    Raises:
+        InputError: the lengths are not B integers in 1..L.
     """
     norms: Tensor = torch.linalg.vector_norm(hidden.detach(), dim=-1, dtype=torch.float32)
     if lengths is None:
         return norms.mean(dim=-1)
+    check_lengths(lengths.detach().cpu().numpy(), norms.shape)
     real = torch.arange(norms.shape[1], device=norms.device) < lengths[:, None].to(norms.device)
     means: Tensor = (norms * real).sum(dim=-1) / real.sum(dim=-1)
     return means

@@ -1,7 +1,7 @@
 """Exact lookup of many token sequences at once: a trie in one sorted array, walked for all positions together.
 
-Keys are (node, token) pairs packed into 64 bits and compared in full, so there are no hash collisions and
-no false positives. Nodes are numbered level by level in key order, which makes the child of the key at
+Keys are (node, token) pairs packed into 64 bits and compared in full, so there are no false positives; a
+hash table of first pairs only decides where to look. Nodes are numbered level by level in key order, which makes the child of the key at
 rank r simply node r + 1: the array of keys is the whole trie.
 """
 
@@ -14,16 +14,19 @@ import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
 
+_SLOTS = 4  # of the filter, at least, for each pair of first tokens
+_MIX = -7046029254386353131  # odd, 2**64 divided by the golden ratio: spreads pairs over the filter
+
 
 class Trie:
     """An immutable set of P token sequences.
 
     Cost of a walk: a few NumPy calls for each token of the longest sequence that a position still agrees
-    with; a position that begins no sequence is dropped at once. Memory: about 8 bytes a node, 4 a node
-    for the way to its sequences, 4 a sequence.
+    with; a position whose first two tokens begin no sequence is nearly always dropped at once. Memory:
+    about 8 bytes a node, 4 a node for the way to its sequences, 4 a sequence, 4 to 8 a pair of first tokens.
     """
 
-    __slots__ = ("_keys", "_levels", "_pattern_start", "_patterns")
+    __slots__ = ("_has_ends", "_keys", "_levels", "_pairs", "_pattern_start", "_patterns")
 
     def __init__(self, ids: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64]) -> None:
         """Build from P sequences of at least one token.
@@ -36,6 +39,7 @@ class Trie:
         node = np.zeros(len(lengths), np.int64)
         alive = np.arange(len(lengths))
         levels: list[Ints] = []
+        self._has_ends: list[bool] = []  # whether a sequence ends at this depth
         n_nodes = 1
         depth = 0
         while alive.size:
@@ -44,9 +48,12 @@ class Trie:
             n_nodes += len(keys)
             levels.append(keys)
             depth += 1
-            alive = alive[lengths[alive] > depth]
+            longer = lengths[alive] > depth
+            self._has_ends.append(not longer.all())
+            alive = alive[longer]
         self._keys: Ints = np.concatenate(levels) if levels else np.zeros(0, np.int64)
         self._levels = np.cumsum([0, *map(len, levels)]).tolist()
+        self._pairs = self._filter_pairs()
         self._patterns = np.argsort(node, kind="stable").astype(np.int32)
         self._pattern_start = np.searchsorted(node[self._patterns], np.arange(n_nodes + 1)).astype(np.int32)
 
@@ -58,7 +65,7 @@ class Trie:
     @property
     def nbytes(self) -> int:
         """Bytes of memory the trie holds."""
-        arrays: tuple[npt.NDArray[Any], ...] = (self._keys, self._patterns, self._pattern_start)
+        arrays: tuple[npt.NDArray[Any], ...] = (self._keys, self._pairs, self._patterns, self._pattern_start)
         return sum(array.nbytes for array in arrays)
 
     def equal_patterns(self) -> list[list[int]]:
@@ -78,19 +85,21 @@ class Trie:
         """
         positions: list[Ints] = []
         patterns: list[Ints] = []
-        where = np.arange(len(tokens))
-        node: Ints = np.zeros(len(tokens), np.int64)
-        for depth in range(self.depth):
-            low, high = self._levels[depth], self._levels[depth + 1]
-            level = self._keys[low:high]
-            key = _pack(node, tokens[where + depth]) if depth else tokens
+        where = self._may_begin(tokens)
+        node: Ints = np.zeros(len(where), np.int64)
+        for depth in range(self.depth if where.size else 0):
+            low = self._levels[depth]
+            level = self._keys[low : self._levels[depth + 1]]
+            key = _pack(node, tokens[where + depth]) if depth else tokens[where]
             rank = level.searchsorted(key)
-            rank[rank == high - low] = 0
-            found = (level[rank] == key).nonzero()[0]
+            # Past the last key, the last key is what is compared, and it differs.
+            found = (level.take(rank, mode="clip") == key).nonzero()[0]
             if not found.size:
                 break
             where = where[found]
             node = rank[found] + (low + 1)
+            if not self._has_ends[depth]:  # as at most depths when all are full triggers
+                continue
             first, last = self._pattern_start[node], self._pattern_start[node + 1]
             ends = (last > first).nonzero()[0]
             if ends.size:
@@ -102,8 +111,34 @@ class Trie:
             return np.zeros(0, np.int64), np.zeros(0, np.int64)
         return np.concatenate(positions), np.concatenate(patterns)
 
+    def _may_begin(self, tokens: Ints) -> Ints:
+        """Return the positions whose first two tokens may begin a sequence; all when single tokens may."""
+        if not self._pairs.size:
+            return np.arange(len(tokens))
+        return self._pairs[_slot(tokens[:-1], tokens[1:], len(self._pairs))].nonzero()[0]
+
+    def _filter_pairs(self) -> npt.NDArray[np.bool_]:
+        """Return a hash table of the pairs of tokens that begin sequences.
+
+        Nearly every word of a prompt begins some sequence of a large set, but few pairs do: one look at
+        this table spares most positions the search of two large levels.
+        """
+        if self.depth < 2 or self._has_ends[0]:
+            return np.zeros(0, np.bool_)
+        keys = self._keys[self._levels[1] : self._levels[2]]
+        first, second = self._keys[(keys >> 32) - 1], keys & (1 << 32) - 1
+        pairs = np.zeros(1 << (_SLOTS * len(first) + 127).bit_length(), np.bool_)
+        pairs[_slot(first, second, len(pairs))] = True
+        return pairs
+
 
 def _pack(node: Ints, token: npt.NDArray[Any]) -> Ints:
     # A negative token makes the key negative, and no stored key is.
     packed: Ints = (node << 32) | token
     return packed
+
+
+def _slot(first: Ints, second: Ints, n_slots: int) -> Ints:
+    # The upper bits of a product depend on all bits of its factors.
+    slot: Ints = (_pack(first, second) * _MIX) >> (65 - n_slots.bit_length()) & (n_slots - 1)
+    return slot

@@ -1,0 +1,79 @@
+"""The `engram` command: one subcommand a module, errors as one line, exit status 0 done, 1 failed, 2 wrong usage."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from engram_cli import __version__
+from engram_cli.commands import abilities, convert, doctor, extract, inspect, merge
+
+app = typer.Typer(
+    name="engram",
+    help="Exact, mergeable memories for frozen generators.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+merge.register(app)
+extract.register(app)
+inspect.register(app)
+convert.register(app)
+doctor.register(app)
+abilities.register(app)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"engram {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Exact, mergeable memories for frozen generators."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command and exit.
+
+    Args:
+        arguments: what follows the command's name; None means the process's own.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    debug = "--debug" in options  # accepted after the subcommand too
+    if debug:
+        arguments.remove("--debug")
+    try:
+        app(arguments, prog_name="engram", standalone_mode=True)
+    except BrokenPipeError:
+        # The reader of our output has gone (engram inspect ... | head): not an error.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        _fail("interrupted; nothing was changed")
+    except Exception as error:
+        from engram_core import EngramError
+
+        if debug or not isinstance(error, EngramError):
+            raise
+        _fail(str(error))
+
+
+def _fail(message: str) -> None:
+    from engram_cli.console import show_error
+
+    show_error(message)
+    sys.exit(1)
