@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Annotated
 
@@ -10,6 +9,8 @@ import typer
 
 from engram_cli import __version__
 from engram_cli.commands import abilities, convert, doctor, extract, inspect, merge
+
+_INTERRUPTED = 130  # as shells report it, 128 + SIGINT
 
 app = typer.Typer(
     name="engram",
@@ -55,25 +56,21 @@ def main(arguments: list[str] | None = None) -> None:
     if debug:
         arguments.remove("--debug")
     try:
-        app(arguments, prog_name="engram", standalone_mode=True)
-    except BrokenPipeError:
-        # The reader of our output has gone (engram inspect ... | head): not an error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        _fail("interrupted; nothing was changed")
+        app(arguments, prog_name="engram")
+    except SystemExit as done:
+        if done.code == _INTERRUPTED:  # Ctrl-C: files are written whole or not at all
+            _show("interrupted; no file was left half-written")
+        raise
     except Exception as error:
         from engram_core import EngramError
 
         if debug or not isinstance(error, EngramError):
             raise
-        _fail(str(error))
+        _show(str(error))
+        sys.exit(1)
 
 
-def _fail(message: str) -> None:
+def _show(message: str) -> None:
     from engram_cli.console import show_error
 
     show_error(message)
-    sys.exit(1)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def test_two_concepts_runs_and_keeps_its_promises(tmp_path):
-    script = Path(__file__).parent / "two_concepts.py"
+    script = Path(__file__).parents[1] / "two_concepts.py"
     done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "merge without conflict" in done.stdout

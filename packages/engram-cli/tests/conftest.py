@@ -1,0 +1,96 @@
+"""Adapters to work on, and the command as a user runs it: in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from engram_core import (
+    Adapter,
+    Concept,
+    ConceptRecord,
+    ConceptStream,
+    Manifest,
+    StreamSpec,
+    build_registry,
+    wrap_tokenizer,
+)
+
+WIDTH = 8
+TEXTS = ["a photo of a pilot in the snow, by the sea", "the keeper of a lamp", "Aldric and Brindle"]
+
+
+@dataclass(frozen=True)
+class Result:
+    status: int
+    out: str
+    err: str
+
+    @property
+    def json(self):
+        return json.loads(self.out)
+
+
+@dataclass(frozen=True)
+class World:
+    """A folder with a tokenizer and a way to make adapters for it."""
+
+    folder: Path
+
+    def build(self, name, trigger, *, file=None, seed=0, width=WIDTH, streams=("text",), **record):
+        tokenizer = wrap_tokenizer(Tokenizer.from_file(str(self.folder / "tokenizer.json")), max_length=24)
+        registry = build_registry(trigger, tokenizer, contexts=record.pop("contexts", [("", ""), ("a photo of ", "")]))
+        noise = np.random.default_rng(seed)
+        slots = noise.normal(size=(registry.n_slots, width)).astype(np.float32)
+        memory = ConceptStream(
+            triggers=tuple(variant.ids for variant in registry.variants),
+            entries=registry.entries,
+            vectors=slots[list(registry.slots)],
+            scales=noise.normal(size=width).astype(np.float32),
+        )
+        spec = StreamSpec(width=width, site="last_hidden_state", tokenizer=tokenizer.spec)
+        manifest = Manifest(backbone="example", base_model="none", streams=dict.fromkeys(streams, spec))
+        concept = Concept(
+            record=ConceptRecord(name=name, trigger=trigger, rule="absolute", **record),
+            streams=dict.fromkeys(streams, memory),
+        )
+        path = self.folder / (file or f"{name}.safetensors")
+        Adapter.build(manifest, [concept]).save(path)
+        return path
+
+    def run(self, *arguments, color=False, columns=200, env=None, **options):
+        environment = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
+        environment |= {"COLUMNS": str(columns), "TERM": "xterm-256color", "PYTHONWARNINGS": "error", **(env or {})}
+        if color:
+            environment["FORCE_COLOR"] = "1"
+        command = [sys.executable, "-m", "engram_cli", *map(str, arguments)]
+        done = subprocess.run(
+            command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False, **options
+        )
+        return Result(done.returncode, done.stdout, done.stderr)
+
+    def files(self):
+        return sorted(path.name for path in self.folder.iterdir())
+
+
+@pytest.fixture(scope="session")
+def tokenizer_text():
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    return tokenizer.to_str()
+
+
+@pytest.fixture
+def world(tmp_path, tokenizer_text):
+    (tmp_path / "tokenizer.json").write_text(tokenizer_text, encoding="utf-8")
+    return World(tmp_path)

@@ -1,0 +1,65 @@
+"""Model folders with real tokenizers: CLIP's own vocabulary, and a small byte-level BPE in place of T5's."""
+
+import gzip
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+
+
+@pytest.fixture(scope="session")
+def clip_files():
+    """Return CLIP's vocabulary and merges, from the file that open_clip ships."""
+    spec = importlib.util.find_spec("open_clip")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("open_clip_torch, which ships CLIP's vocabulary, is not installed")
+    archive = Path(spec.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
+    merges = gzip.decompress(archive.read_bytes()).decode("utf-8").split("\n")[1 : 49152 - 256 - 2 + 1]
+    letters = list(byte_letters().values())
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(merge.split()) for merge in merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    return {token: number for number, token in enumerate(tokens)}, merges
+
+
+def byte_letters():
+    """Return the printable letter that stands for each byte, in the order of CLIP's vocabulary."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    rest = [byte for byte in range(256) if byte not in plain]
+    return {byte: chr(byte) for byte in plain} | {byte: chr(256 + number) for number, byte in enumerate(rest)}
+
+
+def write_clip(folder, clip_files):
+    vocabulary, merges = clip_files
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer"}), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def sd15_folder(tmp_path_factory, clip_files):
+    folder = tmp_path_factory.mktemp("sd15")
+    write_clip(folder / "tokenizer", clip_files)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sd35_folder(tmp_path_factory, clip_files):
+    folder = tmp_path_factory.mktemp("sd35")
+    write_clip(folder / "tokenizer", clip_files)
+    write_clip(folder / "tokenizer_2", clip_files)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["</s>"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["a photo of a pilot in the snow"], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 0)])
+    (folder / "tokenizer_3").mkdir()
+    tokenizer.save(str(folder / "tokenizer_3" / "tokenizer.json"))
+    return folder
