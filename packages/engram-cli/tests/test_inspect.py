@@ -110,6 +110,15 @@ def test_spans_concepts_are_pointed_out(world):
     assert "unrelated text too" in world.run("inspect", world.build("a", "Aldric Vortex", activation="spans")).err
 
 
+def test_concepts_that_fire_inside_anothers_trigger_are_pointed_out(world):
+    one = world.build("vortex", "Aldric Vortex", activation="spans")
+    other = world.build("nebula", "Aldric Vortex Nebula", seed=1)
+    assert world.run("merge", one, other, "--on-conflict", "both").status == 0
+    done = world.run("inspect", "merged.safetensors")
+    assert "'vortex' also fires inside the trigger of 'nebula', in text on tokens" in done.err
+    assert "'nebula' also fires" not in done.err
+
+
 def test_several_files_list_all_conflicts(world):
     one, other = world.build("aldric", "Aldric Vortex"), world.build("rival", "Aldric Vortex", seed=1)
     done = world.run("inspect", one, other)

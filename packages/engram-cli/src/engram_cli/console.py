@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -50,15 +51,37 @@ def format_size(n_bytes: int) -> str:
     raise AssertionError("unreachable")
 
 
+def terminal() -> Console | None:
+    """Return the console to animate on, or None when neither output is a terminal.
+
+    Results and animation must share a console, or they overwrite each other.
+    """
+    if sys.stdout.isatty():
+        return out
+    return err if sys.stderr.isatty() else None
+
+
 @contextlib.contextmanager
 def byte_progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar on the error console while the block runs; yields the function to report with.
-
-    Long work alone shows a bar: nothing appears in the first half second, or when not in a terminal.
-    """
+    """Show a progress bar over bytes while the block runs; yields the function to report (done, total) with."""
+    console = terminal()
+    if console is None:
+        yield lambda _done, _total: None
+        return
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def working(title: str) -> Iterator[None]:
+    """Show that something runs whose length is not known."""
+    console = terminal()
+    if console is None:
+        yield
+        return
+    with console.status(title):
+        yield

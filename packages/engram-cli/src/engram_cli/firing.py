@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rich.text import Text
@@ -118,15 +118,14 @@ def _paint(tokenizer: StreamTokenizer, reading: StreamReading) -> Text:
             styles.update(dict.fromkeys(range(start, stop), _STYLES[index % len(_STYLES)]))
     line = Text()
     for index, token in enumerate(show_tokens(tokenizer, reading.ids)):
-        fires = index in styles
+        style, before, after = (styles.get(place, "") for place in (index, index - 1, index + 1))
+        bracket = bool(style) and not out.color_system
         if index:
-            line.append(" ")
-        if fires and not out.color_system and index - 1 not in styles:
+            line.append(" ", style if style == before else "")
+        if bracket and style != before:
             line.append("[")
-        line.append_text(
-            plain(token.strip() or "\u2423", styles.get(index, "" if index < reading.n_read else "strike dim"))
-        )
-        if fires and not out.color_system and index + 1 not in styles:
+        line.append_text(plain(token.strip() or "\u2423", style or ("" if index < reading.n_read else "strike dim")))
+        if bracket and style != after:
             line.append("]")
     if reading.n_read < len(reading.ids):
         line.append(f"  ({len(reading.ids) - reading.n_read} tokens cut off)", "red")
@@ -136,7 +135,7 @@ def _paint(tokenizer: StreamTokenizer, reading: StreamReading) -> Text:
 class _LineReader:
     """Reads a text file line by line, counting lines and reporting bytes. Bytes that are not UTF-8 are replaced."""
 
-    def __init__(self, path: Path, progress: object) -> None:
+    def __init__(self, path: Path, progress: Callable[[int, int], None]) -> None:
         self._path, self._progress = path, progress
         self.n_lines = 0
 
@@ -151,6 +150,6 @@ class _LineReader:
             while line := stream.readline(_LONGEST_LINE):
                 done += len(line)
                 self.n_lines += 1
-                if self.n_lines % 256 == 0 and callable(self._progress):
+                if self.n_lines % 256 == 0:
                     self._progress(done, total)
                 yield line.decode("utf-8", "replace").rstrip("\r\n")

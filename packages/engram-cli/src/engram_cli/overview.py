@@ -8,15 +8,17 @@ from typing import Any, Literal
 import numpy as np
 from rich.table import Table
 
-from engram_cli.console import byte_progress, format_size, out, plain, show_json, show_note
+from engram_cli.console import format_size, out, plain, show_json, show_note, working
 from engram_core import Adapter
+
+_FEW = 5  # cases of interference shown one by one
 
 
 def show_adapter(adapter: Adapter, *, quick: bool, limit: int, as_json: bool) -> None:
     """Show an adapter's contents."""
     identity = None
     if not quick:
-        with byte_progress("checking"):
+        with working("checking"):
             adapter.check()
             identity = adapter.identity()
     if as_json:
@@ -75,13 +77,29 @@ def show_adapter(adapter: Adapter, *, quick: bool, limit: int, as_json: bool) ->
     if n_spans:
         what = "this concept fires" if n_spans == len(adapter) == 1 else f"{n_spans} of {len(adapter)} concepts fire"
         show_note(f"{what} on any registered n-gram, in unrelated text too (activation spans); see --against")
+    if not quick and len(adapter) > 1:
+        _show_interference(adapter)
+
+
+def _show_interference(adapter: Adapter) -> None:
+    """Point out concepts that fire inside the triggers of others."""
+    from engram_core import find_interference
+
+    found = [case for case in find_interference(adapter) if not case.resolved]
+    for case in found[:_FEW]:
+        ids = " ".join(map(str, case.ids))
+        show_note(
+            f"{case.concept!r} also fires inside the trigger of {case.inside!r}, in {case.stream} on tokens {ids}"
+        )
+    if len(found) > _FEW:
+        show_note(f"and {len(found) - _FEW} more cases of one concept firing inside the trigger of another")
 
 
 def show_conflicts(adapters: Sequence[Adapter], *, as_json: bool) -> None:
     """Show every pair of concepts that a merge would have to settle."""
     from engram_core import find_conflicts
 
-    with byte_progress("comparing"):
+    with working("comparing"):
         conflicts = find_conflicts(adapters)
     if as_json:
         show_json(

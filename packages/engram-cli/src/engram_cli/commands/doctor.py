@@ -22,9 +22,9 @@ def doctor(
     """Check the installation: packages, backbones, devices, disk. Exit status 1 when something is broken."""
     from rich.table import Table
 
-    from engram_cli.console import byte_progress, format_size, out, plain, show_json
+    from engram_cli.console import format_size, out, plain, show_json, working
 
-    with byte_progress("checking"):
+    with working("checking"):
         report = examine()
     if as_json:
         show_json(report)
