@@ -301,3 +301,14 @@ def test_the_command_converts(tmp_path, sd15_folder, clip):
         main(arguments)
     assert done.value.code == 1
     assert target.read_bytes() == before
+
+
+def test_the_base_model_is_a_name_that_others_can_use(tmp_path, sd15_folder, clip):
+    write_sd15(tmp_path, clip)
+    assert convert_sd15(tmp_path, settings(sd15_folder), SD15).manifest.base_model == SD15.default_model
+
+
+def test_a_checkpoint_that_does_not_exist_is_named(tmp_path, sd15_folder):
+    for backbone in (SD15, SD35):
+        with pytest.raises(AdapterReadError, match="absent: does not exist"):
+            backbone.convert(tmp_path / "absent", settings(sd15_folder))

@@ -11,10 +11,10 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-out = Console(highlight=False)
-"""For results. Markup is never parsed in text from files: wrap it in `plain`."""
+out = Console(highlight=False, markup=False, emoji=False)
+"""For results. Neither markup nor emoji codes are read in what is printed: it may come from files."""
 
-err = Console(stderr=True, highlight=False)
+err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 """For progress, notes and errors."""
 
 

@@ -18,7 +18,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,  # formatting help with Rich would import four times as much as the command itself
 )
 merge.register(app)
 extract.register(app)

@@ -39,7 +39,7 @@ def show_adapter(adapter: Adapter, *, quick: bool, limit: int, as_json: bool) ->
         facts.add_row(name, plain(value))
     out.print(facts)
 
-    streams = _table("stream", "site", ">width", ">entries", ">variants", ">vectors", "type", "tokenizer")
+    streams = _table("stream", "site", ">width", ">entries", ">variants", ">vectors", "tokenizer")
     for name, table in adapter.streams.items():
         spec = manifest.streams[name]
         streams.add_row(
@@ -48,8 +48,7 @@ def show_adapter(adapter: Adapter, *, quick: bool, limit: int, as_json: bool) ->
             str(spec.width),
             str(len(table.concept)),
             str(len(table.trigger_concept)),
-            format_size(table.vectors.nbytes),
-            table.dtype,
+            f"{format_size(table.vectors.nbytes)} {table.dtype}",
             plain(spec.tokenizer.class_name),
         )
     out.print()

@@ -53,7 +53,7 @@ from engram_core.registry import (
     Variant,
     build_registry,
 )
-from engram_core.residual import Residual
+from engram_core.residual import Edit, Editor, Residual
 from engram_core.tokenizer import StreamTokenizer, TokenizerSpec, fingerprint_tokenizer, wrap_tokenizer
 
 __version__ = "0.1.0"
@@ -79,6 +79,8 @@ __all__ = [
     "ConflictError",
     "ConvertSettings",
     "ConvertingBackbone",
+    "Edit",
+    "Editor",
     "EngramError",
     "Firing",
     "IncompatibleAdaptersError",

@@ -1,7 +1,7 @@
 """The adapter file, version 1, of kind `concept-table`: opening, checking, reading, building, saving.
 
 Shapes: C concepts; per stream K entries, V trigger variants, d width.
-The layout of the tensors is the one of the design, section 5; `docs/file-format.md` describes it in full.
+docs/file-format.md describes the file in full.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engram_core.canonical import dump_canonical, parse_canonical
-from engram_core.checks import check_fits, check_ids, check_ngram_order, check_offsets, check_vectors
+from engram_core.checks import check_fits, check_ids, check_ngram_order, check_offsets, check_owners, check_vectors
 from engram_core.concept import Concept, ConceptRecord, ConceptStream
 from engram_core.container import (
     Container,
@@ -29,8 +29,9 @@ from engram_core.container import (
     open_container,
     open_target,
     read_container,
+    write_all,
 )
-from engram_core.errors import AdapterFormatError, ConceptNotFoundError, InputError
+from engram_core.errors import AdapterFormatError, ConceptNotFoundError, InputError, quote
 from engram_core.manifest import Manifest
 from engram_core.registry import Ngram
 from engram_core.storage import CONTAINER_NAMES, decode_vectors, encode_vectors, widest
@@ -168,10 +169,10 @@ class Adapter:
             arrays.update(_pack_stream(name, spec.width, ordered))
         buffer = io.BytesIO()
         shapes = {key: (dtype, array.shape) for key, (dtype, array) in arrays.items()}
-        writer = ContainerWriter(buffer, pack_metadata(manifest), shapes)
-        for key, (_, array) in arrays.items():
-            writer.write(key, np.ascontiguousarray(array))
         try:
+            writer = ContainerWriter(buffer, pack_metadata(manifest), shapes)
+            for key, (_, array) in arrays.items():
+                writer.write(key, np.ascontiguousarray(array))
             adapter = cls.from_bytes(buffer.getvalue(), label)
             adapter.check()
         except AdapterFormatError as error:  # the concepts came from the caller, not from a file
@@ -260,7 +261,8 @@ class Adapter:
         index = self.index(which) if isinstance(which, str) else which
         if not 0 <= index < len(self):
             raise ConceptNotFoundError(f"{self.label}: has no concept number {index}; it has {len(self)}")
-        (record,) = self._check_range(index, index + 1)
+        record = self.record(index)
+        check_concepts(self.label, self.manifest, self.streams, index, [record.dtype])
         streams = {}
         for name, table in self.streams.items():
             rows, variants = table.entry_rows(index), table.trigger_rows(index)
@@ -298,7 +300,7 @@ class Adapter:
             AdapterWriteError: the file cannot be written.
         """
         with open_target(path, overwrite=overwrite) as target:
-            target.write(memoryview(self._container.buffer))
+            write_all(target, memoryview(self._container.buffer))
         return self.identity()
 
     def check(self) -> None:
@@ -307,70 +309,27 @@ class Adapter:
         Raises:
             AdapterFormatError: naming the file and the first field at fault.
         """
-        records: list[ConceptRecord] = []
-        for first in range(0, len(self), _CHECK_BLOCK):
-            records += self._check_range(first, min(first + _CHECK_BLOCK, len(self)))
-        for one, other in pairwise(records):
-            if one.name >= other.name:
+        previous = ""
+        dtypes: list[str] = []
+        for record in self.records():
+            if record.name <= previous:
                 raise AdapterFormatError(
-                    f"{self.label}: {_RECORDS}: {other.name!r} follows {one.name!r}; names are unique and in order"
+                    f"{self.label}: {_RECORDS}: {record.name!r} follows {previous!r}; names are unique and in order"
                 )
+            previous = record.name
+            dtypes.append(record.dtype)
         for name, table in self.streams.items():
-            for column, concept in (("entries", table.concept), ("triggers", table.trigger_concept)):
-                if len(concept) and not (concept[0] >= 0 and concept[-1] < len(self)):
-                    raise AdapterFormatError(f"{self.label}: {name}.{column}.concept: outside 0..{len(self) - 1}")
-            asked = widest({records[index].dtype for index in np.unique(table.concept).tolist()})
+            check_owners(table.concept, 0, len(self), f"{self.label}: {name}.entries.concept")
+            check_owners(table.trigger_concept, 0, len(self), f"{self.label}: {name}.triggers.concept")
+        for first in range(0, len(self), _CHECK_BLOCK):
+            check_concepts(self.label, self.manifest, self.streams, first, dtypes[first : first + _CHECK_BLOCK])
+        for name, table in self.streams.items():
+            held = np.bincount(table.concept, minlength=len(self))
+            asked = widest({dtype for dtype, count in zip(dtypes, held.tolist(), strict=True) if count})
             if asked != table.dtype:
                 raise AdapterFormatError(
                     f"{self.label}: {name}.vectors: are {table.dtype}, the records ask for {asked}"
                 )
-
-    def _check_range(self, first: int, last: int) -> list[ConceptRecord]:
-        """Check concepts first..last-1 in every stream and return their records."""
-        records = [self.record(index) for index in range(first, last)]
-        held = np.zeros(last - first, bool)
-        for name, table in self.streams.items():
-            where = f"{self.label}: {name}."
-            rows, variants = table.entry_rows(first, last), table.trigger_rows(first, last)
-            present = []
-            for column, ids, offsets, concept, part in (
-                ("entries", table.ids, table.offsets, table.concept, rows),
-                ("triggers", table.trigger_ids, table.trigger_offsets, table.trigger_concept, variants),
-            ):
-                bounds = offsets[part.start : part.stop + 1]
-                check_offsets(bounds, len(ids), f"{where}{column}.offsets")
-                used = ids[bounds[0] : bounds[-1]]
-                check_ids(used, self.manifest.streams[name].tokenizer.vocab_size, f"{where}{column}.ids")
-                owners = concept[part]
-                if owners.size and (owners.min() < first or owners.max() >= last or (np.diff(owners) < 0).any()):
-                    raise AdapterFormatError(f"{where}{column}.concept: is not ascending within 0..{len(self) - 1}")
-                check_ngram_order(used, bounds - bounds[0], owners, f"{where}{column}")
-                owned = np.zeros(last - first, bool)
-                owned[owners - first] = True
-                present.append(owned)
-            if not np.array_equal(present[0], present[1]):
-                lacking = first + int(np.flatnonzero(present[0] != present[1])[0])
-                raise AdapterFormatError(
-                    f"{where}triggers: concept {lacking} has entries without trigger or the reverse"
-                )
-            held |= present[0]
-            check_vectors(table.vectors[rows], table.dtype, f"{where}vectors")
-            check_vectors(table.scales[first:last], "f32", f"{where}scales")
-            if table.scales[first:last][~present[0]].view("<u4").any():
-                raise AdapterFormatError(f"{where}scales: not zero for a concept without entries in this stream")
-            if table.dtype == "f32":
-                for index, record in enumerate(records, start=first):
-                    part = table.entry_rows(index)
-                    if record.dtype != "f32" and part.start < part.stop:
-                        check_fits(
-                            table.vectors[part],
-                            table.dtype,
-                            record.dtype,
-                            f"{where}vectors of concept {index}",
-                        )
-        if not held.all():
-            raise AdapterFormatError(f"{self.label}: concept {first + int(np.argmin(held))} has no entry in any stream")
-        return records
 
 
 def open_adapter(path: str | os.PathLike[str]) -> Adapter:
@@ -381,6 +340,54 @@ def open_adapter(path: str | os.PathLike[str]) -> Adapter:
         AdapterFormatError: the file is not a valid adapter; the message names the field.
     """
     return Adapter(open_container(path))
+
+
+def check_concepts(
+    label: str, manifest: Manifest, streams: Mapping[str, StreamTable], first: int, dtypes: Sequence[str]
+) -> None:
+    """Check consecutive concepts, whose vector types are given, in every stream.
+
+    Raises:
+        AdapterFormatError: naming `label` and the first field at fault.
+    """
+    last = first + len(dtypes)
+    held = np.zeros(last - first, bool)
+    for name, table in streams.items():
+        where = f"{label}: {name}."
+        rows, variants = table.entry_rows(first, last), table.trigger_rows(first, last)
+        present = []
+        for column, ids, offsets, concept, part in (
+            ("entries", table.ids, table.offsets, table.concept, rows),
+            ("triggers", table.trigger_ids, table.trigger_offsets, table.trigger_concept, variants),
+        ):
+            bounds = offsets[part.start : part.stop + 1]
+            check_offsets(bounds, len(ids), f"{where}{column}.offsets", row=part.start)
+            used = ids[bounds[0] : bounds[-1]]
+            check_ids(used, manifest.streams[name].tokenizer.vocab_size, f"{where}{column}.ids")
+            owners = concept[part]
+            check_owners(owners, first, last, f"{where}{column}.concept", row=part.start)
+            check_ngram_order(used, bounds - bounds[0], owners, f"{where}{column}", row=part.start)
+            owned = np.zeros(last - first, bool)
+            owned[owners - first] = True
+            present.append(owned)
+        differs = present[0] != present[1]
+        if differs.any():
+            lacking = first + int(differs.argmax())
+            raise AdapterFormatError(f"{where}triggers: concept {lacking} has entries without trigger or the reverse")
+        held |= present[0]
+        check_vectors(table.vectors[rows], table.dtype, f"{where}vectors")
+        check_vectors(table.scales[first:last], "f32", f"{where}scales")
+        if table.scales[first:last][~present[0]].view("<u4").any():
+            raise AdapterFormatError(f"{where}scales: not zero for a concept without entries in this stream")
+        if table.dtype == "f32":
+            for index, dtype in enumerate(dtypes, start=first):
+                if dtype == "f32":
+                    continue
+                part = table.entry_rows(index)
+                if part.start < part.stop:
+                    check_fits(table.vectors[part], table.dtype, dtype, f"{where}vectors of concept {index}")
+    if not held.all():
+        raise AdapterFormatError(f"{label}: concept {first + int(np.argmin(held))} has no entry in any stream")
 
 
 def pack_metadata(manifest: Manifest) -> dict[str, str]:
@@ -411,12 +418,9 @@ def _pack_stream(name: str, width: int, concepts: list[Concept]) -> dict[str, tu
         if stream is None:
             continue
         k = len(stream.entries)
-        table, scale = np.asarray(stream.vectors, np.float32), np.asarray(stream.scales, np.float32)
-        for what, array, shape in (("vectors", table, (k, width)), ("scales", scale, (width,))):
-            if array.shape != shape:
-                raise InputError(
-                    f"concept {concept.name!r}, stream {name!r}: {what} have shape {array.shape}, expected {shape}"
-                )
+        where = f"concept {concept.name!r}, stream {name!r}"
+        table = _as_floats(stream.vectors, (k, width), f"{where}: vectors")
+        scale = _as_floats(stream.scales, (width,), f"{where}: scales")
         order = sorted(range(k), key=lambda row: (len(stream.entries[row]), stream.entries[row]))
         entries += [(index, stream.entries[row]) for row in order]
         triggers += [(index, ids) for ids in sorted(stream.triggers, key=lambda ids: (len(ids), ids))]
@@ -430,13 +434,26 @@ def _pack_stream(name: str, width: int, concepts: list[Concept]) -> dict[str, tu
         "scales": ("F32", scales),
     }
     for prefix, rows in (("entries", entries), ("triggers", triggers)):
-        flat = [i for _, ids in rows for i in ids]
-        if flat and not (min(flat) >= 0 and max(flat) < 1 << 31):
+        flat = np.array([i for _, ids in rows for i in ids] or np.zeros(0, np.int64))
+        if flat.dtype.kind not in "iu":
+            raise InputError(f"stream {name!r}: {prefix} hold ids of type {flat.dtype}, expected integers")
+        if flat.size and not (flat.min() >= 0 and flat.max() < 1 << 31):
             raise InputError(f"stream {name!r}: {prefix} hold ids outside 0..2**31-1")
-        columns[f"{prefix}.ids"] = "I32", np.array(flat, "<i4")
+        columns[f"{prefix}.ids"] = "I32", flat.astype("<i4")
         columns[f"{prefix}.offsets"] = "I64", pack_offsets(len(ids) for _, ids in rows)
         columns[f"{prefix}.concept"] = "I32", np.array([index for index, _ in rows], "<i4")
     return {f"{name}.{column}": value for column, value in columns.items()}
+
+
+def _as_floats(values: npt.ArrayLike, shape: tuple[int, ...], where: str) -> npt.NDArray[np.float32]:
+    array = np.asarray(values)
+    if array.shape != shape:
+        raise InputError(f"{where} have shape {array.shape}, expected {shape}")
+    if array.dtype.kind not in "fiu":
+        raise InputError(f"{where} are {array.dtype}, expected floats")
+    with np.errstate(over="ignore"):  # what overflows becomes infinity, which is refused by name
+        floats: npt.NDArray[np.float32] = array.astype(np.float32, copy=False)
+        return floats
 
 
 def _read_manifest(container: Container) -> Manifest:
@@ -446,10 +463,10 @@ def _read_manifest(container: Container) -> Manifest:
         if value is None:
             raise AdapterFormatError(f"{label}: header lacks the field {field!r}; it is not an engram adapter")
         if value != expected:
-            raise AdapterFormatError(f"{label}: {field} is {value!r}, this version reads {expected!r}")
+            raise AdapterFormatError(f"{label}: {field} is {quote(value)}, this version reads {expected!r}")
     unknown = metadata.keys() - {"format", "format_version", "kind", "manifest"}
     if unknown:
-        raise AdapterFormatError(f"{label}: header has an unknown field {min(unknown)!r}")
+        raise AdapterFormatError(f"{label}: header has an unknown field {quote(min(unknown))}")
     try:
         return _parse_manifest(metadata.get("manifest", ""))
     except ValueError as error:
@@ -475,7 +492,7 @@ def _read_streams(container: Container, manifest: Manifest, n_concepts: int) -> 
     expected = {_RECORDS, _RECORD_OFFSETS} | {f"{s}.{column}" for s in manifest.streams for _, column, _, _ in _COLUMNS}
     unknown = container.tensors.keys() - expected
     if unknown:
-        raise AdapterFormatError(f"{container.label}: has an unknown tensor {min(unknown)!r}")
+        raise AdapterFormatError(f"{container.label}: has an unknown tensor {quote(min(unknown))}")
     streams = {}
     for name, spec in manifest.streams.items():
         columns = {
@@ -497,12 +514,14 @@ def _read_streams(container: Container, manifest: Manifest, n_concepts: int) -> 
                         f"{container.label}: {name}.{column}: has shape {list(columns[attribute].shape)}, "
                         f"expected {sizes[size]} ({size}) on axis {axis}"
                     )
-        for ids, offsets in (("ids", "offsets"), ("trigger_ids", "trigger_offsets")):
-            ends = columns[offsets]
-            if ends[0] != 0 or ends[-1] != len(columns[ids]):
+        for column, ids, ends in (
+            ("entries", columns["ids"], columns["offsets"]),
+            ("triggers", columns["trigger_ids"], columns["trigger_offsets"]),
+        ):
+            if ends[0] != 0 or ends[-1] != len(ids):
                 raise AdapterFormatError(
-                    f"{container.label}: {name}.{offsets.replace('_', 's.')}: reach from {ends[0]} to {ends[-1]}, "
-                    f"expected 0 to {len(columns[ids])}"
+                    f"{container.label}: {name}.{column}.offsets: reach from {ends[0]} to {ends[-1]}, "
+                    f"expected 0 to {len(ids)}"
                 )
         if sizes["K"] == 0:
             raise AdapterFormatError(
@@ -527,7 +546,8 @@ def _column(container: Container, name: str, dtype: str | None, n_axes: int) -> 
 
 
 def _rows(concept: npt.NDArray[np.int32], first: int, last: int | None) -> slice:
-    bounds = np.searchsorted(concept, (first, first + 1 if last is None else last))
+    # Keys of the column's own type: others make NumPy convert, and so read, the whole column.
+    bounds = concept.searchsorted(np.array((first, first + 1 if last is None else last), concept.dtype))
     return slice(int(bounds[0]), int(max(bounds)))  # max: a hostile file's column may not ascend
 
 

@@ -116,7 +116,7 @@ class StreamReading:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SilentTrigger:
-    """A trigger that stands in a prompt as text, but does not fire in a stream; and why."""
+    """A trigger that stands in a prompt as text but does not fire in a stream, or not everywhere; and why."""
 
     concept: str
     stream: str
@@ -150,7 +150,7 @@ class PromptAudit:
         """Return what one prompt does."""
         streams: dict[str, StreamReading] = {}
         text = _plain(prompt)
-        present = [index for index, trigger in enumerate(self._triggers) if trigger in text]
+        present = [index for index, trigger in enumerate(self._triggers) if _stands_in(trigger, text)]
         silent = []
         for stream, matcher in self._matchers.items():
             tokenizer = self._tokenizers[stream]
@@ -163,23 +163,42 @@ class PromptAudit:
                 fired=tuple((self._adapter.record(concept).name, spans) for concept, spans in fired.items()),
             )
             for concept in present:
-                table = self._adapter.streams[stream].trigger_rows(concept)
-                if concept not in fired and table.start < table.stop:
-                    reason = self._explain(matcher, ids, n_read, concept)
-                    silent.append(
-                        SilentTrigger(concept=self._adapter.record(concept).name, stream=stream, reason=reason)
-                    )
+                rows = self._adapter.streams[stream].trigger_rows(concept)
+                if rows.start == rows.stop:
+                    continue  # the concept has no memory in this stream
+                reason = _explain(matcher, ids, n_read, concept, fires=concept in fired)
+                if reason:
+                    name = self._adapter.record(concept).name
+                    silent.append(SilentTrigger(concept=name, stream=stream, reason=reason))
         return PromptReport(prompt=prompt, streams=streams, silent=tuple(silent))
 
-    def _explain(self, matcher: Matcher, ids: Ngram, n_read: int, concept: int) -> str:
-        _, start, length, owner = matcher.find_addresses(ids)
-        found = np.flatnonzero(owner == concept)
-        if not found.size:
-            return "the tokenizer cuts it here into tokens that are not registered"
-        first, last = int(start[found[0]]), int(start[found[0]] + length[found[0]])
-        if last > n_read:
-            return f"it is cut off: it stands at tokens {first + 1} to {last}, the encoder reads {n_read}"
-        return "a trigger that begins earlier, or is longer, covers it"
+
+def _explain(matcher: Matcher, ids: Ngram, n_read: int, concept: int, *, fires: bool) -> str | None:
+    """Return why a trigger that stands in a prompt does not fire, or None when all of it does."""
+    if fires and n_read == len(ids):
+        return None
+    _, start, length, owner = matcher.find_addresses(ids)
+    start, stop = start[owner == concept], (start + length)[owner == concept]
+    cut = stop > n_read
+    if cut.any():
+        first, last = int(start[cut].min()) + 1, int(stop[cut].max())
+        return f"it is cut off: it stands at tokens {first} to {last}, the encoder reads {n_read}"
+    if fires:
+        return None
+    if not start.size:
+        return "the tokenizer cuts it here into tokens that are not registered"
+    return "a trigger that begins earlier, or is longer, covers it"
+
+
+def _stands_in(trigger: str, text: str) -> bool:
+    """Tell whether a trigger stands in a text as words of its own, not as part of a longer word."""
+    at = text.find(trigger)
+    while at >= 0:
+        before, after = text[at - 1 : at], text[at + len(trigger) : at + len(trigger) + 1]
+        if not (before.isalnum() and trigger[0].isalnum()) and not (after.isalnum() and trigger[-1].isalnum()):
+            return True
+        at = text.find(trigger, at + 1)
+    return False
 
 
 def _plain(text: str) -> str:

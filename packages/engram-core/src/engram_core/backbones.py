@@ -5,14 +5,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from engram_core.adapter import Adapter
 from engram_core.concept import Rule
 from engram_core.errors import BackboneLoadError, BackboneNotFoundError
 from engram_core.tokenizer import StreamTokenizer
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 ENTRY_POINT_GROUP = "engram.backbones"
 
@@ -115,6 +117,8 @@ class InstalledBackbone:
 
 def list_backbones() -> dict[str, InstalledBackbone]:
     """Return the backbones of all installed packages, by name in order; imports none of them."""
+    from importlib.metadata import entry_points  # slow to import, and seldom needed
+
     found = {}
     for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda entry: entry.name):
         dist = entry.dist

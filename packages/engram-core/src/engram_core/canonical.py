@@ -5,8 +5,15 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from engram_core.errors import quote
+
 JSON_MAX_BYTES = 256 * 1024
 """Largest JSON text the reader parses: bounds memory whatever a hostile file claims."""
+
+JSON_MAX_DEPTH = 64
+"""Deepest nesting the reader accepts: far below the interpreter's own limit, which depends on the caller."""
+
+_TOO_DEEP = f"nests its JSON too deeply; the limit is {JSON_MAX_DEPTH}"
 
 
 class DuplicateKeyError(ValueError):
@@ -33,9 +40,15 @@ def parse_strict(text: bytes) -> Any:
     if len(text) > JSON_MAX_BYTES:
         raise ValueError(f"has {len(text)} bytes of JSON, the limit is {JSON_MAX_BYTES}")
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
     except RecursionError:
-        raise ValueError("nests its JSON too deeply") from None
+        raise ValueError(_TOO_DEEP) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"is not JSON: {error}") from None
+    # The number of brackets, those in strings included, decides whether a closer look is needed.
+    if text.count(b"[") + text.count(b"{") > JSON_MAX_DEPTH and _is_deeper(value, JSON_MAX_DEPTH):
+        raise ValueError(_TOO_DEEP)
+    return value
 
 
 def parse_canonical(text: bytes) -> Any:
@@ -54,12 +67,24 @@ def parse_canonical(text: bytes) -> Any:
     return value
 
 
+def _is_deeper(value: Any, limit: int) -> bool:
+    holders: list[Any] = [[value]]
+    for _ in range(limit + 1):
+        holders = [
+            item
+            for holder in holders
+            for item in (holder.values() if isinstance(holder, dict) else holder)
+            if isinstance(item, (dict, list))
+        ]
+    return bool(holders)
+
+
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise DuplicateKeyError(f"names the key {twice!r} twice")
+        raise DuplicateKeyError(f"names the key {quote(twice)} twice")
     return result
 
 

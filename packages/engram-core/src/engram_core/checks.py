@@ -5,6 +5,7 @@ Shapes: C concepts, K entries, V trigger variants, d width of the stream.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,66 +14,106 @@ import numpy.typing as npt
 from engram_core.errors import AdapterFormatError
 from engram_core.storage import are_finite, decode_vectors, encode_vectors
 
+MAX_TOKENS = 4096
+"""Most tokens of an n-gram. A trigger has at most 256 characters; indexing costs some time a token of the longest."""
 
-def check_offsets(offsets: npt.NDArray[np.int64], total: int, where: str, *, minimum: int = 1) -> None:
-    """Check that consecutive offsets describe ranges of at least `minimum` within `total`.
+_BLOCK = 1 << 16  # tokens compared at a time: bounds memory
+_VALUES = 1 << 20  # vector components looked at together: the same
+
+
+def check_offsets(offsets: npt.NDArray[np.int64], total: int, where: str, *, row: int = 0) -> None:
+    """Check that consecutive offsets, from a row on, describe n-grams of 1..MAX_TOKENS ids within `total`.
 
     Raises:
         AdapterFormatError: naming `where` and the first bad row.
     """
-    if len(offsets) and (offsets[0] < 0 or offsets[-1] > total):
-        raise AdapterFormatError(f"{where}: reaches from {offsets[0]} to {offsets[-1]}, outside 0..{total}")
-    lengths = np.diff(offsets)
-    bad = np.flatnonzero(lengths < minimum)
+    # All of them, not the ends alone: a difference of two offsets could wrap around. Unsigned, a negative is huge.
+    if len(offsets) and offsets.view("<u8").max() > total:
+        raise AdapterFormatError(f"{where}: reaches from {offsets.min()} to {offsets.max()}, outside 0..{total}")
+    lengths = offsets[1:] - offsets[:-1]
+    bad = ((lengths < 1) | (lengths > MAX_TOKENS)).nonzero()[0]
     if bad.size:
-        row = int(bad[0])
+        start, stop = offsets[bad[0] : bad[0] + 2].tolist()
         raise AdapterFormatError(
-            f"{where}: out of order at row {row}: {offsets[row]} then {offsets[row + 1]}, "
-            f"expected at least {minimum} more"
+            f"{where}: row {row + int(bad[0])} reaches from {start} to {stop}, expected 1..{MAX_TOKENS} ids"
         )
 
 
 def check_ids(ids: npt.NDArray[np.int32], vocab_size: int, where: str) -> None:
     """Check that token ids lie within the vocabulary."""
-    if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
+    if ids.size and ids.view("<u4").max() >= vocab_size:  # unsigned, a negative id is huge
         bad = int(ids[(ids < 0) | (ids >= vocab_size)][0])
         raise AdapterFormatError(f"{where}: holds the id {bad}, the vocabulary has {vocab_size}")
 
 
+def check_owners(concept: npt.NDArray[np.int32], first: int, last: int, where: str, *, row: int = 0) -> None:
+    """Check that the concepts of consecutive rows, from a row on, ascend within first..last-1."""
+    bad = (concept[1:] < concept[:-1]).nonzero()[0]
+    if bad.size:
+        before, after = concept[bad[0] : bad[0] + 2].tolist()
+        raise AdapterFormatError(
+            f"{where}: row {row + int(bad[0]) + 1} is {after} after {before}, expected ascending concepts"
+        )
+    if concept.size and not (concept[0] >= first and concept[-1] < last):
+        raise AdapterFormatError(f"{where}: reaches from {concept[0]} to {concept[-1]}, outside {first}..{last - 1}")
+
+
 def check_ngram_order(
-    ids: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], concept: npt.NDArray[np.int32], where: str
+    ids: npt.NDArray[np.int32],
+    offsets: npt.NDArray[np.int64],
+    concept: npt.NDArray[np.int32],
+    where: str,
+    *,
+    row: int = 0,
 ) -> None:
-    """Check that n-grams ascend by (concept, length, ids), which also makes each unique in its concept."""
-    lengths = np.diff(offsets)
-    same = np.flatnonzero(concept[1:] == concept[:-1])
-    shorter = same[lengths[same + 1] < lengths[same]]
+    """Check that n-grams, from a row on, ascend by (concept, length, ids), so that each is unique in its concept."""
+    if len(concept) < 2:
+        return
+    lengths = offsets[1:] - offsets[:-1]
+    same = (concept[1:] == concept[:-1]).nonzero()[0]
+    growth = lengths[same + 1] - lengths[same]
+    shorter = same[growth < 0]
     if shorter.size:
         raise AdapterFormatError(
-            f"{where}: row {int(shorter[0]) + 1} is shorter than the one before; expected length order"
+            f"{where}: row {row + int(shorter[0]) + 1} is shorter than the one before; expected length order"
         )
-    equal = same[lengths[same + 1] == lengths[same]]
-    for length in np.unique(lengths[equal]):
-        rows = equal[lengths[equal] == length]
-        window = np.arange(length)
-        before, after = ids[offsets[rows, None] + window], ids[offsets[rows + 1, None] + window]
-        differs = before != after
-        first = differs.argmax(axis=1)
-        at = np.arange(len(rows))
-        bad = rows[~(differs.any(axis=1) & (before[at, first] < after[at, first]))]
+    equal = same[growth == 0]
+    ends = lengths[equal].cumsum()
+    block = 0
+    while block < len(equal):
+        first_row, block = block, int(ends.searchsorted(ends[block] + _BLOCK, side="right"))
+        rows = equal[first_row:block]
+        # All tokens of these rows end to end, each beside the token at the same place of the next row.
+        width = lengths[rows]
+        stop = width.cumsum()
+        start = stop - width
+        at = np.arange(stop[-1]) + np.repeat(offsets[rows] - start, width)
+        before, after = ids[at], ids[at + np.repeat(width, width)]
+        differs = np.concatenate([(before != after).nonzero()[0], stop[-1:]])
+        first = differs[differs.searchsorted(start)]
+        bad = rows[(first >= stop) | (before.take(first, mode="clip") > after.take(first, mode="clip"))]
         if bad.size:
             raise AdapterFormatError(
-                f"{where}: row {int(bad[0]) + 1} repeats or precedes the one before; expected ascending ids"
+                f"{where}: row {row + int(bad[0]) + 1} repeats or precedes the one before; expected ascending ids"
             )
 
 
 def check_vectors(stored: npt.NDArray[Any], dtype: str, where: str) -> None:
     """Check that no stored value is NaN or infinite."""
-    if not are_finite(stored, dtype):
-        raise AdapterFormatError(f"{where}: holds NaN or infinity")
+    for block in _blocks(stored):
+        if not are_finite(block, dtype):
+            raise AdapterFormatError(f"{where}: holds NaN or infinity")
 
 
 def check_fits(stored: npt.NDArray[Any], dtype: str, narrower: str, where: str) -> None:
     """Check that vectors stored in a wider type are exactly those of the narrower type they came from."""
-    values = decode_vectors(stored, dtype)
-    if not np.array_equal(decode_vectors(encode_vectors(values, narrower), narrower).view("<u4"), values.view("<u4")):
-        raise AdapterFormatError(f"{where}: holds values that are not {narrower}, as its concept's record claims")
+    for block in _blocks(stored):
+        values = decode_vectors(block, dtype)
+        again = decode_vectors(encode_vectors(values, narrower), narrower)
+        if not np.array_equal(again.view("<u4"), values.view("<u4")):
+            raise AdapterFormatError(f"{where}: holds values that are not {narrower}, as its concept's record claims")
+
+
+def _blocks(stored: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
+    step = max(1, _VALUES // stored.shape[1])
+    return (stored[first : first + step] for first in range(0, len(stored), step))

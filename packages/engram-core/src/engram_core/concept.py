@@ -13,8 +13,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from engram_core.canonical import dump_canonical, parse_canonical
-from engram_core.errors import InputError
+from engram_core.canonical import JSON_MAX_BYTES, dump_canonical, parse_canonical
+from engram_core.errors import InputError, quote
 from engram_core.manifest import is_printable_name, take_fields
 from engram_core.registry import DEFAULT_MAX_NGRAM, Ngram
 from engram_core.storage import encode_vectors
@@ -39,7 +39,7 @@ class ConceptRecord:
     Attributes:
         name: unique in an adapter, printable, at most 256 characters.
         trigger: the phrase that fires it.
-        rule: how a vector becomes a residual (design, section 3).
+        rule: how a vector becomes a residual (docs/concepts.md).
         overlap: entries that cover one position add up (`sum`) or are averaged (`mean`).
         activation: `anchored` fires only inside the full trigger, `spans` wherever an entry's ids occur.
         max_ngram: N of the registration rule.
@@ -64,20 +64,25 @@ class ConceptRecord:
             value = getattr(self, name)
             if not is_printable_name(value):
                 raise InputError(
-                    f"concept {name} is {value!r}, expected 1..256 printable characters without outer spaces"
+                    f"concept {name} is {quote(value)}, expected 1..256 printable characters without outer spaces"
                 )
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
-                raise InputError(f"concept {self.name!r}: {name} is {value!r}, expected one of {', '.join(choices)}")
-        if self.max_ngram < 2:
-            raise InputError(f"concept {self.name!r}: max_ngram is {self.max_ngram}, expected at least 2")
+                raise InputError(
+                    f"concept {self.name!r}: {name} is {quote(value)}, expected one of {', '.join(choices)}"
+                )
+        if type(self.max_ngram) is not int or self.max_ngram < 2:
+            raise InputError(f"concept {self.name!r}: max_ngram is {quote(self.max_ngram)}, expected at least 2")
+        for name, kind in (("training", Mapping), ("license", (str, type(None)))):
+            if not isinstance(getattr(self, name), kind):
+                raise InputError(f"concept {self.name!r}: {name} has the type {type(getattr(self, name)).__name__}")
 
     def to_bytes(self) -> bytes:
         """Return the canonical JSON record.
 
         Raises:
-            InputError: `training` holds something JSON cannot, or NaN.
+            InputError: `training` holds something JSON cannot, or NaN, or too much.
         """
         values = {
             "activation": self.activation,  # first in canonical order: readers scan it without parsing
@@ -91,9 +96,15 @@ class ConceptRecord:
             "trigger": self.trigger,
         }
         try:
-            return dump_canonical(values)
-        except (TypeError, ValueError) as error:
+            text = dump_canonical(values)
+        except (TypeError, ValueError, RecursionError) as error:
             raise InputError(f"concept {self.name!r} cannot be written as JSON: {error}") from None
+        if len(text) > JSON_MAX_BYTES:
+            raise InputError(
+                f"concept {self.name!r} has a record of {len(text)} bytes, the limit is {JSON_MAX_BYTES}; "
+                "keep less in `training`"
+            )
+        return text
 
     @classmethod
     def from_bytes(cls, text: bytes) -> ConceptRecord:

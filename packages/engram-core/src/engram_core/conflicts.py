@@ -10,7 +10,7 @@ import numpy as np
 
 from engram_core.adapter import Adapter
 from engram_core.errors import ConflictError, InputError
-from engram_core.parts import Part, PartColumn, join_manifests, load_part
+from engram_core.parts import Part, PartColumn, join_manifests, load_parts
 from engram_core.registry import Ngram
 from engram_core.trie import Trie
 
@@ -69,7 +69,7 @@ def find_conflicts(adapters: Sequence[Adapter]) -> list[Conflict]:
     Raises:
         IncompatibleAdaptersError: the adapters do not merge at all.
     """
-    parts = [load_part(adapter) for adapter in adapters]
+    parts = load_parts(adapters)
     join_manifests(parts)
     return Pool(parts).conflicts()
 
@@ -211,7 +211,7 @@ class Pool:
         return self._parts[member.part].records[member.concept].activation
 
     def _identical(self, one: Member, other: Member) -> bool:
-        first, second = (self._parts[member.part].records[member.concept] for member in (one, other))
+        first, second = (self._parts[member.part].records[member.concept].parse() for member in (one, other))
         return first == replace(second, name=first.name) and self.digest(one) == self.digest(other)
 
     def _shared_addresses(self) -> list[tuple[Literal["trigger", "span", "name"], str, Ngram, list[Member]]]:

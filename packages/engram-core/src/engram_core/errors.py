@@ -5,11 +5,22 @@ Messages are one line: the fact, the values, the place, the remedy.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from engram_core.conflicts import Conflict
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 120
+_SHORT.maxlevel = 3
+
+
+def quote(value: object) -> str:
+    """Return a value from a stranger's file for a message: printable, and short whatever the file holds."""
+    return _SHORT.repr(value)
 
 
 class EngramError(Exception):
@@ -59,7 +70,7 @@ class ConflictError(EngramError, ValueError):
         conflicts: every conflict found, in canonical order.
     """
 
-    def __init__(self, message: str, conflicts: Sequence[Conflict]) -> None:
+    def __init__(self, message: str, conflicts: Sequence[Conflict] = ()) -> None:  # the default serves pickle
         super().__init__(message)
         self.conflicts = tuple(conflicts)
 

@@ -1,4 +1,4 @@
-"""Hashed n-gram addresses of the language-model memory (design, section 8), bit-compatible with the published hash.
+"""Hashed n-gram addresses of the language-model memory, bit-compatible with the published hash (deepseek-ai/Engram).
 
 Shapes: B rows, L positions, H heads an n-gram, N longest n-gram.
 """

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from engram_core.errors import InputError
+from engram_core.errors import InputError, quote
 from engram_core.tokenizer import TokenizerSpec
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
@@ -50,20 +50,20 @@ class Manifest:
 
     def __post_init__(self) -> None:
         """Check every field; raises InputError."""
-        _require(_NAME.fullmatch(self.backbone), "backbone", self.backbone, "a lower-case name")
+        _require(_matches(_NAME, self.backbone), "backbone", self.backbone, "a lower-case name")
         _require(is_printable_name(self.base_model), "base_model.id", self.base_model, "a printable name")
         _require(
-            self.base_fingerprint is None or _FINGERPRINT.fullmatch(self.base_fingerprint),
+            self.base_fingerprint is None or _matches(_FINGERPRINT, self.base_fingerprint),
             "base_model.fingerprint",
             self.base_fingerprint,
             "null or 64 hexadecimal digits",
         )
         _require(self.streams, "streams", dict(self.streams), "at least one stream")
         for name, stream in self.streams.items():
-            _require(_NAME.fullmatch(name), "streams", name, "lower-case stream names")
+            _require(_matches(_NAME, name), "streams", name, "lower-case stream names")
             where, spec = f"streams.{name}", stream.tokenizer
-            _require(0 < stream.width <= _MAX_WIDTH, f"{where}.width", stream.width, f"1..{_MAX_WIDTH}")
-            _require(_NAME.fullmatch(stream.site), f"{where}.site", stream.site, "a lower-case name")
+            _require(_is_count(stream.width, _MAX_WIDTH), f"{where}.width", stream.width, f"1..{_MAX_WIDTH}")
+            _require(_matches(_NAME, stream.site), f"{where}.site", stream.site, "a lower-case name")
             _require(
                 is_printable_name(spec.class_name),
                 f"{where}.tokenizer.class",
@@ -71,13 +71,13 @@ class Manifest:
                 "a printable name",
             )
             _require(
-                0 < spec.vocab_size <= _MAX_VOCABULARY,
+                _is_count(spec.vocab_size, _MAX_VOCABULARY),
                 f"{where}.tokenizer.vocab_size",
                 spec.vocab_size,
                 f"1..{_MAX_VOCABULARY}",
             )
             _require(
-                _FINGERPRINT.fullmatch(spec.fingerprint),
+                _matches(_FINGERPRINT, spec.fingerprint),
                 f"{where}.tokenizer.fingerprint",
                 spec.fingerprint,
                 "64 hexadecimal digits",
@@ -114,6 +114,7 @@ class Manifest:
         base = take_fields(root["base_model"], "base_model", {"fingerprint": (str, type(None)), "id": str})
         streams = {}
         for name, item in root["streams"].items():
+            _require(_matches(_NAME, name), "streams", name, "lower-case stream names")
             where = f"streams.{name}"
             stream = take_fields(item, where, {"site": str, "tokenizer": dict, "width": int})
             spec = take_fields(
@@ -143,7 +144,7 @@ def take_fields(value: Any, where: str, types: Mapping[str, type | tuple[type, .
         raise InputError(f"{where} is {type(value).__name__}, expected an object")
     for name in value:
         if name not in types:
-            raise InputError(f"{where} has an unknown field {name!r}; known: {', '.join(sorted(types))}")
+            raise InputError(f"{where} has an unknown field {quote(name)}; known: {', '.join(sorted(types))}")
     for name, expected in types.items():
         if name not in value:
             raise InputError(f"{where} lacks the field {name!r}")
@@ -154,11 +155,19 @@ def take_fields(value: Any, where: str, types: Mapping[str, type | tuple[type, .
     return value
 
 
-def is_printable_name(text: str, limit: int = 256) -> bool:
+def is_printable_name(text: object, limit: int = 256) -> bool:
     """Tell whether a text from a stranger is safe to show on one line of a terminal."""
-    return 0 < len(text) <= limit and text.isprintable() and text == text.strip()
+    return isinstance(text, str) and 0 < len(text) <= limit and text.isprintable() and text == text.strip()
+
+
+def _matches(pattern: re.Pattern[str], text: object) -> bool:
+    return isinstance(text, str) and pattern.fullmatch(text) is not None
+
+
+def _is_count(value: object, limit: int) -> bool:
+    return type(value) is int and 0 < value <= limit
 
 
 def _require(ok: object, field: str, value: object, expected: str) -> None:
     if not ok:
-        raise InputError(f"{field} is {value!r}, expected {expected}")
+        raise InputError(f"{field} is {quote(value)}, expected {expected}")

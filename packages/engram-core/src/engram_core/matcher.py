@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engram_core.adapter import Adapter
-from engram_core.checks import check_ids, check_ngram_order, check_offsets
+from engram_core.checks import check_ids, check_ngram_order, check_offsets, check_owners
 from engram_core.errors import InputError
 from engram_core.trie import Trie
 
@@ -63,7 +63,7 @@ NO_MATCHES = Matches(
 
 
 class Matcher:
-    """Finds the entries of one stream of an adapter in token ids (design, section 3).
+    """Finds the entries of one stream of an adapter in token ids (docs/matching.md).
 
     Anchored concepts: full triggers are found first; where occurrences overlap, the leftmost wins, then
     the longest; the concept's entries fire inside what remains. Concepts with `spans`: each entry fires
@@ -215,7 +215,7 @@ def _check_addresses(adapter: Adapter, stream: str) -> None:
         where = f"{adapter.label}: {stream}.{column}"
         check_offsets(offsets, len(ids), f"{where}.offsets")
         check_ids(ids, vocab_size, f"{where}.ids")
-        check_ids(concept, len(adapter), f"{where}.concept")
+        check_owners(concept, 0, len(adapter), f"{where}.concept")
         check_ngram_order(ids, offsets, concept, where)
 
 

@@ -7,20 +7,23 @@ Shapes: C concepts, K entries, V trigger variants, d width.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from engram_core.adapter import Adapter, open_adapter
+from engram_core.adapter import Adapter, StreamTable, check_concepts, open_adapter
 from engram_core.concept import ConceptRecord
-from engram_core.errors import AdapterReadError, IncompatibleAdaptersError, InputError
+from engram_core.container import Stamp, read_stamp
+from engram_core.errors import AdapterFormatError, AdapterReadError, IncompatibleAdaptersError, InputError
 from engram_core.manifest import Manifest, StreamSpec
 
 Ints = npt.NDArray[np.int64]
+
+_GROUP_BYTES = 1 << 23  # of adapters checked together: bounds memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -50,16 +53,29 @@ class PartStream:
     scales_at: int
 
 
+class PartRecord(NamedTuple):
+    """What combining needs of a record; the rest stays text, which is far smaller than what it parses to."""
+
+    name: str
+    activation: str
+    dtype: str
+    text: bytes
+
+    def parse(self) -> ConceptRecord:
+        """Return the whole record."""
+        return ConceptRecord.from_bytes(self.text)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Part:
     """One adapter about to be combined with others."""
 
     label: str
     manifest: Manifest
-    records: list[ConceptRecord]
+    records: list[PartRecord]
     streams: Mapping[str, PartStream]
     path: Path | None
-    stamp: tuple[int, int]
+    stamp: Stamp
     data: memoryview | None
 
     @contextlib.contextmanager
@@ -67,7 +83,7 @@ class Part:
         """Give access to the raw bytes.
 
         Raises:
-            AdapterReadError: the file is gone or was changed since it was indexed.
+            AdapterReadError: the file is gone or was changed since it was opened.
         """
         if self.data is not None:
             yield self.data
@@ -78,17 +94,25 @@ class Part:
         except OSError as error:
             raise AdapterReadError(f"{self.label}: cannot be opened again: {error.strerror}") from None
         with stream:
-            if _stamp(self.path) != self.stamp:
-                raise AdapterReadError(f"{self.label}: was changed while it was being read; try again")
+            self._expect(read_stamp(stream.fileno()))
             yield stream
+            self._expect(read_stamp(stream.fileno()))
 
     def adapter(self) -> Adapter:
-        """Open the whole adapter again."""
-        return (
-            open_adapter(self.path)
-            if self.path is not None
-            else Adapter.from_bytes(bytes(self.data or b""), self.label)
-        )
+        """Open the whole adapter again.
+
+        Raises:
+            AdapterReadError: as `open`.
+        """
+        if self.path is None:
+            return Adapter.from_bytes(bytes(self.data or b""), self.label)
+        adapter = open_adapter(self.path)
+        self._expect(adapter.container.stamp)
+        return adapter
+
+    def _expect(self, stamp: Stamp) -> None:
+        if stamp != self.stamp:
+            raise AdapterReadError(f"{self.label}: was changed since it was opened; open it again")
 
 
 def load_part(adapter: Adapter) -> Part:
@@ -98,21 +122,111 @@ def load_part(adapter: Adapter) -> Part:
         AdapterFormatError: the adapter is malformed.
     """
     adapter.check()
+    return _index(adapter, _read_records(adapter))
+
+
+def load_parts(adapters: Iterable[Adapter]) -> list[Part]:
+    """Check adapters in full and copy their indices into memory, in the order given.
+
+    Adapters of one concept are checked many at a time: for one, the calls cost more than the work.
+
+    Raises:
+        AdapterFormatError: one of them is malformed.
+    """
+    parts: list[Part] = []
+    for group in _group(adapters):
+        records = [_read_records(adapter) for adapter in group]
+        if not _pass_together(group, [record.dtype for (record, *_) in records]):
+            for adapter in group:
+                adapter.check()  # names the file at fault
+        parts += map(_index, group, records)
+    return parts
+
+
+def _group(adapters: Iterable[Adapter]) -> Iterator[list[Adapter]]:
+    """Put adapters of one concept that follow each other and have the same streams together."""
+    group: list[Adapter] = []
+    size = 0
+    for adapter in adapters:
+        alike = group and len(adapter) == len(group[0]) == 1 and adapter.manifest == group[0].manifest
+        if group and not (alike and size + adapter.nbytes() <= _GROUP_BYTES):
+            yield group
+            group, size = [], 0
+        group.append(adapter)
+        size += adapter.nbytes()
+    if group:
+        yield group
+
+
+def _pass_together(group: list[Adapter], dtypes: list[str]) -> bool:
+    """Tell whether adapters of one concept pass the checks as if they were one adapter; false when in doubt."""
+    if len(group) == 1:
+        return False
+    manifest = group[0].manifest
+    tables = {name: [adapter.streams[name] for adapter in group] for name in manifest.streams}
+    if any([table.dtype for table in column] != dtypes for column in tables.values()) or len(set(dtypes)) > 1:
+        return False
+    if any(table.concept.any() or table.trigger_concept.any() for column in tables.values() for table in column):
+        return False
+    try:
+        check_concepts("", manifest, {name: _join(column) for name, column in tables.items()}, 0, dtypes)
+    except AdapterFormatError:
+        return False
+    return True
+
+
+def _join(tables: list[StreamTable]) -> StreamTable:
+    """Return the columns of adapters of one concept as those of one adapter."""
+    entries = _join_ngrams([table.ids for table in tables], [table.offsets for table in tables])
+    triggers = _join_ngrams([table.trigger_ids for table in tables], [table.trigger_offsets for table in tables])
+    return StreamTable(
+        ids=entries[0],
+        offsets=entries[1],
+        concept=entries[2],
+        vectors=np.concatenate([table.vectors for table in tables]),
+        dtype=tables[0].dtype,
+        scales=np.concatenate([table.scales for table in tables]),
+        trigger_ids=triggers[0],
+        trigger_offsets=triggers[1],
+        trigger_concept=triggers[2],
+    )
+
+
+def _join_ngrams(
+    ids: list[npt.NDArray[np.int32]], offsets: list[Ints]
+) -> tuple[npt.NDArray[np.int32], Ints, npt.NDArray[np.int32]]:
+    """Return the ids, offsets and owners of n-grams end to end."""
+    counts = [len(column) - 1 for column in offsets]
+    before = np.cumsum([0, *map(len, ids[:-1])])
+    joined = np.concatenate([np.zeros(1, np.int64), *(column[1:] for column in offsets)])
+    joined[1:] += before.repeat(counts)
+    return np.concatenate(ids), joined, np.arange(len(ids), dtype=np.int32).repeat(counts)
+
+
+def _read_records(adapter: Adapter) -> list[PartRecord]:
+    return [
+        PartRecord(record.name, record.activation, record.dtype, adapter.record_text(index))
+        for index, record in enumerate(adapter.records())
+    ]
+
+
+def _index(adapter: Adapter, records: list[PartRecord]) -> Part:
+    """Return a checked adapter's part."""
     path = adapter.path
     streams = {}
+    each = np.arange(len(adapter) + 1, dtype=np.int32)
+    tensors = adapter.container.tensors
     for name, table in adapter.streams.items():
-        each = np.arange(len(adapter) + 1)
-        tensors = adapter.container.tensors
         streams[name] = PartStream(
             entries=PartColumn(
                 ids=table.ids.copy(),
                 offsets=table.offsets.copy(),
-                bounds=np.searchsorted(table.concept, each),
+                bounds=table.concept.searchsorted(each),
             ),
             triggers=PartColumn(
                 ids=table.trigger_ids.copy(),
                 offsets=table.trigger_offsets.copy(),
-                bounds=np.searchsorted(table.trigger_concept, each),
+                bounds=table.trigger_concept.searchsorted(each),
             ),
             dtype=table.dtype,
             width=table.scales.shape[1],
@@ -122,10 +236,10 @@ def load_part(adapter: Adapter) -> Part:
     return Part(
         label=adapter.label,
         manifest=adapter.manifest,
-        records=list(adapter.records()),
+        records=records,
         streams=streams,
         path=path,
-        stamp=_stamp(path) if path is not None else (0, 0),
+        stamp=adapter.container.stamp,
         data=memoryview(adapter.to_bytes()) if path is None else None,
     )
 
@@ -163,11 +277,3 @@ def _agree(field: str, one: object, first: Part, other: object, second: Part) ->
             f"{first.label} and {second.label} do not merge: "
             f"{field} is {one!r} in the first and {other!r} in the second"
         )
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise AdapterReadError(f"{path}: cannot be read: {error.strerror}") from None
-    return status.st_size, status.st_mtime_ns

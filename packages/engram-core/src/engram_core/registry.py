@@ -37,6 +37,14 @@ CONTEXTS: tuple[tuple[str, str], ...] = (
     ("a photo of (", ") in the snow"),
     ("a photo of [", "] in the snow"),
     ("a photo of *", "* in the snow"),
+    # At the start of a text some tokenizers melt the sign into the word, where after a space they do not.
+    ('"', '" in the snow'),
+    ("“", "” in the snow"),
+    ("'", "' in the snow"),
+    ("(", ":1.2) in the snow"),
+    ("[", "] in the snow"),
+    ("<", "> in the snow"),
+    ("*", "* in the snow"),
     ("((", ":1.2))"),
     ("snow,", ",snow"),
     ("snow/", "/snow"),
@@ -153,7 +161,7 @@ def build_registry(
     allow_single_token: bool = False,
     contexts: Sequence[tuple[str, str]] = CONTEXTS,
 ) -> Registry:
-    """Register a trigger's token n-grams for one stream (report, section 2.4; design, section 3).
+    """Register a trigger's token n-grams for one stream (report, section 2.4; docs/concepts.md).
 
     Args:
         trigger: the phrase a user will write in prompts.
@@ -163,8 +171,8 @@ def build_registry(
         contexts: (text before, text after) pairs in which to look for further token variants.
 
     Raises:
-        TriggerError: the trigger has no token, one token without `allow_single_token`, a special token,
-            or more tokens than the encoder reads.
+        TriggerError: the trigger has no token, one token (on its own or, as written, in one of the contexts)
+            without `allow_single_token`, a special token, or more tokens than the encoder reads.
         InputError: `max_ngram` below 2.
     """
     if max_ngram < 2:
@@ -184,6 +192,9 @@ def build_registry(
             if ids in found:
                 continue
             reason = _refusal(ids, tokenizer, allow_single_token)
+            if reason and form == phrase and len(ids) == 1:
+                # Not a rare context to leave out: the phrase as written is an ordinary word here.
+                raise TriggerError(f"trigger {trigger!r} as in {example!r} {reason}")
             if reason:
                 skipped.setdefault(reason, example)
             else:

@@ -6,7 +6,7 @@ All arithmetic is float32 in one canonical order, so the bits do not depend on w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -159,16 +159,21 @@ class Editor:
         self.table = adapter.streams[stream]
         self._adapter = adapter
         self._records: dict[int, ConceptRecord] = {}  # read when a concept first fires
+        self._known_names: set[str] = set()
 
     def prepare(self, shape: Sequence[int], matches: Matches, strength: float | Mapping[str, float]) -> Edit | None:
         """Return the edit for states of a shape, or None when nothing fires.
 
         Raises:
             InputError: shape, matches or strength do not fit.
+            ConceptNotFoundError: `strength` names a concept that the adapter lacks.
+            AdapterFormatError: a concept that fires is malformed.
         """
         width = self.table.scales.shape[1]
         if len(shape) != 3 or shape[2] != width:
             raise InputError(f"states have shape {list(shape)}, expected [B, L, {width}]")
+        if isinstance(strength, Mapping):
+            self._check_names(strength)
         factors = {c: self._strength(c, strength) for c in matches.concepts()}
         matches = drop_silent(matches, [c for c, factor in factors.items() if factor == 0.0])
         if not len(matches):
@@ -195,7 +200,8 @@ class Editor:
     def _record(self, concept: int) -> ConceptRecord:
         record = self._records.get(concept)
         if record is None:
-            record = self._records[concept] = self._adapter.record(concept)
+            # The whole concept is read, because reading it checks it: no NaN of a bad file reaches the states.
+            record = self._records[concept] = self._adapter.concept(concept).record
         return record
 
     def _strength(self, concept: int, strength: float | Mapping[str, float]) -> float:
@@ -204,6 +210,13 @@ class Editor:
             name = self._record(concept).name
             raise InputError(f"strength of concept {name!r} is {factor}, expected a finite number")
         return float(factor)
+
+    def _check_names(self, names: Iterable[str]) -> None:
+        """Refuse names of no concept: a typo would silently change nothing."""
+        for name in names:
+            if name not in self._known_names:
+                self._adapter.index(name)  # raises when there is none
+                self._known_names.add(name)
 
 
 class Residual:
@@ -231,6 +244,7 @@ class Residual:
 
         Raises:
             InputError: shapes, types or the strength do not fit.
+            AdapterFormatError: a concept that fires is malformed.
         """
         if hidden.dtype.kind != "f":
             raise InputError(f"states are {hidden.dtype}, expected floats")
@@ -238,7 +252,8 @@ class Residual:
         if edit is None:
             return hidden
         edited: npt.NDArray[Any] = hidden.copy()
-        edited[edit.plan.row, edit.plan.position] += self._delta(edit, hidden, lengths).astype(hidden.dtype)
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows becomes infinite, as in PyTorch
+            edited[edit.plan.row, edit.plan.position] += self._delta(edit, hidden, lengths).astype(hidden.dtype)
         return edited
 
     def _delta(self, edit: Edit, hidden: npt.NDArray[Any], lengths: npt.ArrayLike | None) -> Floats:

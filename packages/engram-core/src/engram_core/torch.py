@@ -49,7 +49,8 @@ def mean_norm(hidden: Tensor, lengths: Tensor | None = None) -> Tensor:
     Raises:
         InputError: the lengths are not B integers in 1..L.
     """
-    norms: Tensor = torch.linalg.vector_norm(hidden.detach(), dim=-1, dtype=torch.float32)
+    wide = torch.promote_types(hidden.dtype, torch.float32)  # torch refuses to narrow float64 on the way
+    norms: Tensor = torch.linalg.vector_norm(hidden.detach(), dim=-1, dtype=wide).float()
     if lengths is None:
         return norms.mean(dim=-1)
     check_lengths(lengths.detach().cpu().numpy(), norms.shape)
@@ -64,7 +65,7 @@ def entry_terms(vectors: Tensor, scales: Tensor, rules: Sequence[str]) -> Tensor
     Args:
         vectors: [U, d], one memory vector an entry.
         scales: [U, d], the scales of each entry's concept.
-        rules: U rules of the design, section 3.
+        rules: U rules: `absolute`, `absolute-tanh` or `relative`.
     """
     vectors, scales = vectors.float(), scales.float()
     kinds = set(rules)

@@ -1,8 +1,8 @@
 """Exact lookup of many token sequences at once: a trie in one sorted array, walked for all positions together.
 
 Keys are (node, token) pairs packed into 64 bits and compared in full, so there are no false positives; a
-hash table of first pairs only decides where to look. Nodes are numbered level by level in key order, which makes the child of the key at
-rank r simply node r + 1: the array of keys is the whole trie.
+hash table of first pairs only decides where to look. Nodes are numbered level by level in key order, which
+makes the child of the key at rank r simply node r + 1: the array of keys is the whole trie.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Trie:
         n_nodes = 1
         depth = 0
         while alive.size:
-            keys, rank = np.unique(_pack(node[alive], ids[offsets[alive] + depth]), return_inverse=True)
+            keys, rank = _rank(_pack(node[alive], ids[offsets[alive] + depth]))
             node[alive] = n_nodes + rank
             n_nodes += len(keys)
             levels.append(keys)
@@ -84,7 +84,7 @@ class Trie:
             Two int64 [M] arrays: position of the first token, and number of the sequence.
         """
         positions: list[Ints] = []
-        patterns: list[Ints] = []
+        nodes: list[Ints] = []
         where = self._may_begin(tokens)
         node: Ints = np.zeros(len(where), np.int64)
         for depth in range(self.depth if where.size else 0):
@@ -98,18 +98,17 @@ class Trie:
                 break
             where = where[found]
             node = rank[found] + (low + 1)
-            if not self._has_ends[depth]:  # as at most depths when all are full triggers
-                continue
-            first, last = self._pattern_start[node], self._pattern_start[node + 1]
-            ends = (last > first).nonzero()[0]
-            if ends.size:
-                counts = (last - first)[ends].astype(np.int64)
-                positions.append(np.repeat(where[ends], counts))
-                within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
-                patterns.append(self._patterns[np.repeat(first[ends], counts) + within].astype(np.int64))
+            if self._has_ends[depth]:  # at most depths not, when all are full triggers
+                positions.append(where)
+                nodes.append(node)
         if not positions:
             return np.zeros(0, np.int64), np.zeros(0, np.int64)
-        return np.concatenate(positions), np.concatenate(patterns)
+        node = np.concatenate(nodes)
+        first = self._pattern_start[node].astype(np.int64)
+        counts = self._pattern_start[node + 1] - first
+        # Sequences first, first + 1, .. of each node, node after node.
+        within = np.arange(counts.sum()) + (first - counts.cumsum() + counts).repeat(counts)
+        return np.concatenate(positions).repeat(counts), self._patterns[within].astype(np.int64)
 
     def _may_begin(self, tokens: Ints) -> Ints:
         """Return the positions whose first two tokens may begin a sequence; all when single tokens may."""
@@ -142,3 +141,15 @@ def _slot(first: Ints, second: Ints, n_slots: int) -> Ints:
     # The upper bits of a product depend on all bits of its factors.
     slot: Ints = (_pack(first, second) * _MIX) >> (65 - n_slots.bit_length()) & (n_slots - 1)
     return slot
+
+
+def _rank(keys: Ints) -> tuple[Ints, Ints]:
+    """Return the distinct keys in order, and for each key its place among them."""
+    # As np.unique does, without the masked arrays that np.unique imports on its first call.
+    order = keys.argsort(kind="stable")
+    ordered = keys[order]
+    first = np.ones(len(keys), bool)
+    first[1:] = ordered[1:] != ordered[:-1]
+    rank = np.empty(len(keys), np.int64)
+    rank[order] = np.cumsum(first) - 1
+    return ordered[first], rank

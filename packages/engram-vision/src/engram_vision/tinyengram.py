@@ -73,6 +73,7 @@ def convert_sd15(source: Path, settings: ConvertSettings, backbone: _Source) -> 
         AdapterFormatError: a file does not hold what TinyEngram saves.
         InputError: the settings contradict the checkpoint, or the tokenizer is another one.
     """
+    _expect(source)
     weights = source / _FINAL_WEIGHTS if source.is_dir() else source
     config = _read_config(weights.parent / _CONFIG)
     checkpoint = _load(weights)
@@ -126,6 +127,7 @@ def convert_sd35(source: Path, settings: ConvertSettings, backbone: _Source) -> 
         AdapterFormatError: a file does not hold what TinyEngram saves.
         InputError: no trigger, or one that does not give the checkpoint's n-grams.
     """
+    _expect(source)
     if not source.is_dir():
         raise AdapterReadError(f"{source}: is not a folder; give the checkpoint folder with engram_1.pt .. scale_3.pt")
     if settings.trigger is None:
@@ -216,7 +218,9 @@ def _adapter(backbone: _Source, model: str, concept: Concept, tokenizers: Mappin
         name: StreamSpec(width=len(stream.scales), site=backbone.streams[name], tokenizer=tokenizers[name].spec)
         for name, stream in concept.streams.items()
     }
-    return Adapter.build(Manifest(backbone=backbone.name, base_model=model, streams=specs), [concept])
+    # A local folder means nothing to others; TinyEngram trains on the family's usual model.
+    base_model = backbone.default_model if Path(model).is_dir() else model
+    return Adapter.build(Manifest(backbone=backbone.name, base_model=base_model, streams=specs), [concept])
 
 
 def _trigger_ids(trigger: str, tokenizer: StreamTokenizer) -> Ngram:
@@ -224,6 +228,11 @@ def _trigger_ids(trigger: str, tokenizer: StreamTokenizer) -> Ngram:
     if len(ids) < 2:
         raise InputError(f"trigger {trigger!r} has {len(ids)} tokens; TinyEngram registers nothing below 2")
     return ids
+
+
+def _expect(source: Path) -> None:
+    if not source.exists():
+        raise AdapterReadError(f"{source}: does not exist; give a TinyEngram checkpoint")
 
 
 def _load(file: Path) -> Any:

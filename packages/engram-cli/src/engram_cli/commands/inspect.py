@@ -50,10 +50,14 @@ def inspect(
     if len(files) > 1:
         if prompt or against is not None:
             raise typer.BadParameter("--prompt and --against take one adapter; merge them first", param_hint="FILES")
+        from engram_cli import overview
+
         overview.show_conflicts([open_adapter(file) for file in files], as_json=as_json)
         return
     adapter = open_adapter(files[0])
     if not prompt and against is None:
+        from engram_cli import overview
+
         overview.show_adapter(adapter, quick=quick, limit=limit, as_json=as_json)
         return
 
