@@ -195,6 +195,20 @@ def test_a_trigger_inside_a_longer_word_is_not_expected_to_fire():
     assert list(examine(adapter, "a zorper, a zorp").silent) == [("clip_l", "cat")]
 
 
+def test_a_trigger_that_fires_once_and_is_cut_off_once_is_told():
+    adapter = byte_adapter(make_concept("cat", ids("zorp"), trigger="zorp"))
+    found = examine(adapter, "zorp and zorp", clip_l=byte_tokenizer(max_tokens=10))
+    assert found.fired == [("clip_l", "cat")]
+    assert found.silent == {("clip_l", "cat"): "it is cut off: it stands at tokens 10 to 13, the encoder reads 10"}
+
+
+@pytest.mark.parametrize("prompt", ["ZORPS", "unZORPed", "9ZORP"])
+def test_a_part_of_a_longer_word_is_no_trigger(prompt):
+    adapter = byte_adapter(make_concept("cat", ids("zorp"), trigger="zorp"))
+    assert examine(adapter, prompt).silent == {}
+    assert examine(adapter, f"{prompt} (ZORP)").silent != {}
+
+
 def test_a_trigger_that_is_cut_into_other_tokens_is_told():
     adapter = byte_adapter(make_concept("cat", ids("zorp"), trigger="zorp"))
     found = examine(adapter, "a ZORP")

@@ -198,6 +198,17 @@ def test_concepts_keep_rules_of_their_own():
         assert {key: getattr(merge.record(i), key) for key in fields} == fields
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_name_that_a_merge_marks_does_not_change_the_order_of_additions(seed):
+    # Three residuals in one place: their sum depends on the order, and "cat~..." sorts behind "cat 2".
+    names = ["cat", "cat 2", "cat 3"]
+    a = make_adapter(*(make_concept(name, (1, 2), seed=10 * seed + i) for i, name in enumerate(names)))
+    merge = both(a, make_adapter(make_concept("cat", (8, 9))))
+    assert [name.partition("~")[0] for name in merge.names()] == ["cat 2", "cat 3", "cat", "cat"]
+    hidden = np.zeros((1, 2, 3), np.float32)
+    assert bits(edited(merge, "clip_l", [[1, 2]], hidden)) == bits(edited(a, "clip_l", [[1, 2]], hidden))
+
+
 def test_the_sign_of_zero_survives():
     a = make_adapter(make_concept("ant", (1, 2), vectors=[[-0.0, 0.0, 1.0]], scales=[-0.0, 0.0, 1.0]))
     b = make_adapter(make_concept("bee", (3, 4), dtype="bf16"))

@@ -4,7 +4,7 @@ Build a concept's registry, match it in token ids, compute its residuals, merge 
 read and write the adapter file. Needs NumPy and safetensors. `engram_core.torch` adds tensors (extra `torch`).
 """
 
-from engram_core.adapter import Adapter, StreamTable, open_adapter
+from engram_core.adapter import Adapter, open_adapter
 from engram_core.audit import (
     Firing,
     Interference,
@@ -42,6 +42,7 @@ from engram_core.errors import (
     TriggerError,
 )
 from engram_core.hashing import NgramHash
+from engram_core.layout import StreamTable
 from engram_core.manifest import Manifest, StreamSpec
 from engram_core.matcher import NO_MATCHES, Matcher, Matches, TokenIds
 from engram_core.merge import MergeReport, extract_concepts, extract_file, merge_adapters, merge_files

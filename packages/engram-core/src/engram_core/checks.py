@@ -5,13 +5,15 @@ Shapes: C concepts, K entries, V trigger variants, d width of the stream.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from engram_core.errors import AdapterFormatError
+from engram_core.layout import StreamTable
+from engram_core.manifest import Manifest
 from engram_core.storage import are_finite, decode_vectors, encode_vectors
 
 MAX_TOKENS = 4096
@@ -117,3 +119,51 @@ def check_fits(stored: npt.NDArray[Any], dtype: str, narrower: str, where: str) 
 def _blocks(stored: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
     step = max(1, _VALUES // stored.shape[1])
     return (stored[first : first + step] for first in range(0, len(stored), step))
+
+
+def check_concepts(
+    label: str, manifest: Manifest, streams: Mapping[str, StreamTable], first: int, dtypes: Sequence[str]
+) -> None:
+    """Check consecutive concepts, whose vector types are given, in every stream.
+
+    Raises:
+        AdapterFormatError: naming `label` and the first field at fault.
+    """
+    last = first + len(dtypes)
+    held = np.zeros(last - first, bool)
+    for name, table in streams.items():
+        where = f"{label}: {name}."
+        rows, variants = table.entry_rows(first, last), table.trigger_rows(first, last)
+        present = []
+        for column, ids, offsets, concept, part in (
+            ("entries", table.ids, table.offsets, table.concept, rows),
+            ("triggers", table.trigger_ids, table.trigger_offsets, table.trigger_concept, variants),
+        ):
+            bounds = offsets[part.start : part.stop + 1]
+            check_offsets(bounds, len(ids), f"{where}{column}.offsets", row=part.start)
+            used = ids[bounds[0] : bounds[-1]]
+            check_ids(used, manifest.streams[name].tokenizer.vocab_size, f"{where}{column}.ids")
+            owners = concept[part]
+            check_owners(owners, first, last, f"{where}{column}.concept", row=part.start)
+            check_ngram_order(used, bounds - bounds[0], owners, f"{where}{column}", row=part.start)
+            owned = np.zeros(last - first, bool)
+            owned[owners - first] = True
+            present.append(owned)
+        differs = present[0] != present[1]
+        if differs.any():
+            lacking = first + int(differs.argmax())
+            raise AdapterFormatError(f"{where}triggers: concept {lacking} has entries without trigger or the reverse")
+        held |= present[0]
+        check_vectors(table.vectors[rows], table.dtype, f"{where}vectors")
+        check_vectors(table.scales[first:last], "f32", f"{where}scales")
+        if table.scales[first:last][~present[0]].view("<u4").any():
+            raise AdapterFormatError(f"{where}scales: not zero for a concept without entries in this stream")
+        if table.dtype == "f32":
+            for index, dtype in enumerate(dtypes, start=first):
+                if dtype == "f32":
+                    continue
+                part = table.entry_rows(index)
+                if part.start < part.stop:
+                    check_fits(table.vectors[part], table.dtype, dtype, f"{where}vectors of concept {index}")
+    if not held.all():
+        raise AdapterFormatError(f"{label}: concept {first + int(np.argmin(held))} has no entry in any stream")

@@ -6,6 +6,7 @@ Shapes: K entries, V trigger variants, d width of the stream.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
@@ -30,6 +31,14 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "overlap": get_args(Overlap),
     "dtype": get_args(VectorType),
 }
+
+
+_MARKS = re.compile(r"(~[0-9a-f]{8})+\Z")  # what a merge adds to names that clash
+
+
+def plain_name(name: str) -> str:
+    """Return a concept's name without the mark a merge may have given it."""
+    return _MARKS.sub("", name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,10 +17,11 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from engram_core.adapter import Adapter, open_adapter, pack_metadata, pack_offsets
+from engram_core.adapter import Adapter, open_adapter
 from engram_core.conflicts import Member, OnConflict, Pool
 from engram_core.container import ContainerWriter, open_target
 from engram_core.errors import AdapterReadError, ConceptNotFoundError, InputError
+from engram_core.layout import pack_metadata, pack_offsets
 from engram_core.manifest import Manifest
 from engram_core.parts import Part, PartColumn, PartStream, join_manifests, load_part, load_parts
 from engram_core.storage import CONTAINER_NAMES, STORED_TYPES, decode_vectors, encode_vectors, widest

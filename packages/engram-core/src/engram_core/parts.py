@@ -15,15 +15,18 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from engram_core.adapter import Adapter, StreamTable, check_concepts, open_adapter
+from engram_core.adapter import Adapter, open_adapter
+from engram_core.checks import check_concepts
 from engram_core.concept import ConceptRecord
 from engram_core.container import Stamp, read_stamp
 from engram_core.errors import AdapterFormatError, AdapterReadError, IncompatibleAdaptersError, InputError
+from engram_core.layout import StreamTable
 from engram_core.manifest import Manifest, StreamSpec
 
 Ints = npt.NDArray[np.int64]
 
-_GROUP_BYTES = 1 << 23  # of adapters checked together: bounds memory
+_GROUP = 16  # adapters checked together: bounds the files that are open at once,
+_GROUP_BYTES = 1 << 22  # and this the memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -149,7 +152,7 @@ def _group(adapters: Iterable[Adapter]) -> Iterator[list[Adapter]]:
     size = 0
     for adapter in adapters:
         alike = group and len(adapter) == len(group[0]) == 1 and adapter.manifest == group[0].manifest
-        if group and not (alike and size + adapter.nbytes() <= _GROUP_BYTES):
+        if group and not (alike and len(group) < _GROUP and size + adapter.nbytes() <= _GROUP_BYTES):
             yield group
             group, size = [], 0
         group.append(adapter)

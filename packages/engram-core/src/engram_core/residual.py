@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from engram_core.adapter import Adapter
-from engram_core.concept import ConceptRecord, Rule
-from engram_core.errors import InputError
+from engram_core.concept import ConceptRecord, Rule, plain_name
+from engram_core.errors import InputError, quote
 from engram_core.matcher import Matches
 from engram_core.storage import decode_vectors
 
@@ -57,12 +57,20 @@ class Plan:
     position: Ints
 
 
-def plan_residual(matches: Matches) -> Plan:
-    """Lay out the additions for some matches, in canonical order (position, concept, entry, start)."""
+def plan_residual(matches: Matches, concepts: Sequence[int]) -> Plan:
+    """Lay out the additions for some matches, in canonical order (position, concept, entry, start).
+
+    Args:
+        matches: what fires.
+        concepts: the concepts that fire, in the order in which they add up.
+    """
+    numbers = np.array(concepts, np.int64)
+    by_number = np.argsort(numbers)
+    rank = by_number[np.searchsorted(numbers, matches.concept, sorter=by_number)]
     match = np.repeat(np.arange(len(matches)), matches.length)
     first = np.cumsum(matches.length) - matches.length
     position = matches.start[match] + np.arange(len(match)) - first[match]
-    row, concept = matches.row[match], matches.concept[match]
+    row, concept = matches.row[match], rank[match]
     order = np.lexsort((matches.start[match], matches.entry[match], concept, position, row))
     match, row, position, concept = match[order], row[order], position[order], concept[order]
     new_position = _changes(row, position)
@@ -77,7 +85,7 @@ def plan_residual(matches: Matches) -> Plan:
         group=group[by_rank],
         match_ranks=match_ranks,
         group_size=np.diff(np.append(heads, len(match))),
-        group_concept=concept[heads],
+        group_concept=numbers[concept[heads]],
         group_position=group_position,
         group_order=group_order,
         group_ranks=group_ranks,
@@ -180,7 +188,9 @@ class Editor:
             return None
         if int((matches.start + matches.length).max()) > shape[1] or int(matches.row.max()) >= shape[0]:
             raise InputError(f"matches reach beyond the states {list(shape)}; match the ids of the same positions")
-        plan = plan_residual(matches)
+        # Not by number alone: a merge that marks a name moves its concept, and must not move its residual.
+        fired = sorted(matches.concepts(), key=lambda c: (plain_name(self._record(c).name), c))
+        plan = plan_residual(matches, fired)
         entries, which = np.unique(matches.entry, return_inverse=True)
         concepts = self.table.concept[entries].tolist()
         rules = [self._record(c).rule for c in concepts]
@@ -205,10 +215,10 @@ class Editor:
         return record
 
     def _strength(self, concept: int, strength: float | Mapping[str, float]) -> float:
-        factor = strength.get(self._record(concept).name, 1.0) if isinstance(strength, Mapping) else strength
-        if not abs(factor) <= _MAX_FACTOR:
+        factor: Any = strength.get(self._record(concept).name, 1.0) if isinstance(strength, Mapping) else strength
+        if not isinstance(factor, (int, float, np.integer, np.floating)) or not abs(factor) <= _MAX_FACTOR:
             name = self._record(concept).name
-            raise InputError(f"strength of concept {name!r} is {factor}, expected a finite number")
+            raise InputError(f"strength of concept {name!r} is {quote(factor)}, expected a finite number")
         return float(factor)
 
     def _check_names(self, names: Iterable[str]) -> None:

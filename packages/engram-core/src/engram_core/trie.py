@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
 
-_SLOTS = 4  # of the filter, at least, for each pair of first tokens
+_SLOTS = 8  # of the filter, at least, for each pair of first tokens
 _MIX = -7046029254386353131  # odd, 2**64 divided by the golden ratio: spreads pairs over the filter
 
 
@@ -23,7 +23,7 @@ class Trie:
 
     Cost of a walk: a few NumPy calls for each token of the longest sequence that a position still agrees
     with; a position whose first two tokens begin no sequence is nearly always dropped at once. Memory:
-    about 8 bytes a node, 4 a node for the way to its sequences, 4 a sequence, 4 to 8 a pair of first tokens.
+    about 8 bytes a node, 4 a node for the way to its sequences, 4 a sequence, 8 to 16 a pair of first tokens.
     """
 
     __slots__ = ("_has_ends", "_keys", "_levels", "_pairs", "_pattern_start", "_patterns")
