@@ -53,12 +53,16 @@ def test_help_imports_neither_torch_nor_numpy(world):
     assert not {"torch", "numpy", "transformers", "engram_core"} & loaded
 
 
-@pytest.mark.parametrize(
-    "options", [(), ("--tokenizer", "text=tokenizer.json", "--prompt", "a photo of Aldric Vortex")]
-)
-def test_inspect_imports_no_torch(world, options):
-    loaded = modules_after(world, "inspect", world.build("aldric", "Aldric Vortex"), *options)
+def test_inspect_imports_neither_torch_nor_rich(world):
+    loaded = modules_after(world, "inspect", world.build("aldric", "Aldric Vortex"))
     assert "engram_core" in loaded
+    assert not {"torch", "transformers", "diffusers", "rich", "tokenizers"} & loaded  # it must answer at once
+
+
+def test_inspecting_a_prompt_imports_no_torch(world):
+    options = ("--tokenizer", "text=tokenizer.json", "--prompt", "a photo of Aldric Vortex")
+    loaded = modules_after(world, "inspect", world.build("aldric", "Aldric Vortex"), *options)
+    assert "tokenizers" in loaded
     assert not {"torch", "transformers", "diffusers"} & loaded
 
 

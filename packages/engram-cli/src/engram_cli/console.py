@@ -1,54 +1,26 @@
-"""What commands write to the terminal with: two consoles, safe text, sizes, and a progress bar over bytes."""
+"""What needs Rich: coloured text, progress bars and spinners."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from rich.console import Console
 from rich.text import Text
+
+from engram_cli.messages import printable
 
 out = Console(highlight=False, markup=False, emoji=False)
 """For results. Neither markup nor emoji codes are read in what is printed: it may come from files."""
 
 err = Console(stderr=True, highlight=False, markup=False, emoji=False)
-"""For progress, notes and errors."""
+"""For progress."""
 
 
 def plain(text: str, style: str = "") -> Text:
     """Return text as it is: no markup, no control characters."""
-    return Text("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text), style=style)
-
-
-def show_error(message: str) -> None:
-    """Show an error; its first line says it all, further lines list details."""
-    head, *details = message.split("\n")
-    err.print(Text.assemble(("error: ", "bold red"), plain(head)), soft_wrap=True)
-    for line in details:
-        err.print(plain(line), soft_wrap=True)
-
-
-def show_note(message: str) -> None:
-    """Show a remark that is not part of the result."""
-    err.print(Text.assemble(("note: ", "bold yellow"), plain(message)), soft_wrap=True)
-
-
-def show_json(value: Any) -> None:
-    """Print a result for scripts."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))  # noqa: T201 - not through Rich, which wraps lines
-
-
-def format_size(n_bytes: int) -> str:
-    """Return a size in the unit that reads best."""
-    size = float(n_bytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
-            return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
-        size /= 1000
-    raise AssertionError("unreachable")
+    return Text(printable(text), style=style)
 
 
 def terminal() -> Console | None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from rich.text import Text
 
-from engram_cli.console import byte_progress, out, plain, show_json, show_note
+from engram_cli.console import byte_progress, out, plain
+from engram_cli.messages import show_json, show_note
 from engram_core import Adapter, AdapterReadError, Firing, PromptAudit, StreamReading, StreamTokenizer, audit_lines
 
 _STYLES = ("black on green", "black on cyan", "black on yellow", "black on magenta", "white on blue", "white on red")

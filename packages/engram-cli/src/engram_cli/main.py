@@ -71,6 +71,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _show(message: str) -> None:
-    from engram_cli.console import show_error
+    from engram_cli.messages import show_error
 
     show_error(message)

@@ -2,82 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
-from rich.table import Table
 
-from engram_cli.console import format_size, out, plain, show_json, show_note, working
+from engram_cli.messages import count, format_size, printable, show, show_columns, show_json, show_note
 from engram_core import Adapter
 
 _FEW = 5  # cases of interference shown one by one
+_SLOW = 1 << 26  # bytes that take a noticeable time to check
 
 
 def show_adapter(adapter: Adapter, *, quick: bool, limit: int, as_json: bool) -> None:
     """Show an adapter's contents."""
     identity = None
     if not quick:
-        with working("checking"):
+        with _working("checking", adapter.nbytes()):
             adapter.check()
             identity = adapter.identity()
     if as_json:
         show_json(_describe(adapter, identity))
         return
     manifest = adapter.manifest
-    facts = Table(box=None, show_header=False, pad_edge=False)
-    facts.add_column(style="bold")
-    facts.add_column(overflow="fold")
-    many = "concept" if len(adapter) == 1 else "concepts"
     for name, value in (
-        ("file", f"{adapter.label} ({format_size(adapter.nbytes())}, {len(adapter)} {many})"),
+        ("file", f"{adapter.label} ({format_size(adapter.nbytes())}, {count(len(adapter), 'concept')})"),
         ("backbone", manifest.backbone),
         ("base model", manifest.base_model),
         ("fingerprint", manifest.base_fingerprint or "not recorded"),
         ("identity", identity or "not computed (--quick)"),
     ):
-        facts.add_row(name, plain(value))
-    out.print(facts)
-
-    streams = _table("stream", "site", ">width", ">entries", ">variants", ">vectors", "tokenizer")
-    for name, table in adapter.streams.items():
-        spec = manifest.streams[name]
-        streams.add_row(
-            plain(name),
-            plain(spec.site),
-            str(spec.width),
-            str(len(table.concept)),
-            str(len(table.trigger_concept)),
-            f"{format_size(table.vectors.nbytes)} {table.dtype}",
-            plain(spec.tokenizer.class_name),
-        )
-    out.print()
-    out.print(streams)
-
-    concepts = _table("concept", "trigger", "activation", "rule", "overlap", ">entries", "license")
+        show(f"{name:<11}  {printable(value)}")
+    show()
+    show_columns(
+        ("stream", "site", ">width", ">entries", ">variants", ">vectors", "tokenizer"),
+        [
+            (
+                name,
+                manifest.streams[name].site,
+                str(manifest.streams[name].width),
+                str(len(table.concept)),
+                str(len(table.trigger_concept)),
+                f"{format_size(table.vectors.nbytes)} {table.dtype}",
+                manifest.streams[name].tokenizer.class_name,
+            )
+            for name, table in adapter.streams.items()
+        ],
+    )
+    show()
     shown = len(adapter) if limit == 0 else min(limit, len(adapter))
-    for index in range(shown):
-        record = adapter.record(index)
-        rows = [table.entry_rows(index) for table in adapter.streams.values()]
-        concepts.add_row(
-            plain(record.name),
-            plain(record.trigger),
-            record.activation,
-            record.rule,
-            record.overlap,
-            str(sum(row.stop - row.start for row in rows)),
-            plain(record.license or "-"),
-        )
-    out.print()
-    out.print(concepts)
+    show_columns(
+        ("concept", "trigger", "activation", "rule", "overlap", ">entries", "license"),
+        [_concept_row(adapter, index) for index in range(shown)],
+    )
     if shown < len(adapter):
-        out.print(plain(f"and {len(adapter) - shown} more (--limit 0 lists all)"))
+        show(f"and {len(adapter) - shown} more (--limit 0 lists all)")
     n_spans = int((~adapter.anchored()).sum())
     if n_spans:
         what = "this concept fires" if n_spans == len(adapter) == 1 else f"{n_spans} of {len(adapter)} concepts fire"
         show_note(f"{what} on any registered n-gram, in unrelated text too (activation spans); see --against")
     if not quick and len(adapter) > 1:
         _show_interference(adapter)
+
+
+def _concept_row(adapter: Adapter, index: int) -> tuple[str, ...]:
+    record = adapter.record(index)
+    rows = [table.entry_rows(index) for table in adapter.streams.values()]
+    n_entries = sum(row.stop - row.start for row in rows)
+    return (
+        record.name,
+        record.trigger,
+        record.activation,
+        record.rule,
+        record.overlap,
+        str(n_entries),
+        record.license or "-",
+    )
+
+
+@contextlib.contextmanager
+def _working(title: str, n_bytes: int) -> Iterator[None]:
+    """Show a spinner over what takes long enough to be worth importing Rich for."""
+    if n_bytes < _SLOW:
+        yield
+        return
+    from engram_cli.console import working
+
+    with working(title):
+        yield
 
 
 def _show_interference(adapter: Adapter) -> None:
@@ -98,7 +111,7 @@ def show_conflicts(adapters: Sequence[Adapter], *, as_json: bool) -> None:
     """Show every pair of concepts that a merge would have to settle."""
     from engram_core import find_conflicts
 
-    with working("comparing"):
+    with _working("comparing", sum(adapter.nbytes() for adapter in adapters)):
         conflicts = find_conflicts(adapters)
     if as_json:
         show_json(
@@ -116,22 +129,24 @@ def show_conflicts(adapters: Sequence[Adapter], *, as_json: bool) -> None:
         return
     total = sum(len(adapter) for adapter in adapters)
     if not conflicts:
-        out.print(plain(f"{len(adapters)} adapters with {total} concepts merge without conflict", "green"))
+        show(f"{len(adapters)} adapters with {total} concepts merge without conflict", fg="green")
         return
-    table = _table("first", "file", "second", "file", "share", "stream", "token ids")
-    for conflict in conflicts:
-        table.add_row(
-            plain(conflict.first),
-            plain(conflict.first_label),
-            plain(conflict.second),
-            plain(conflict.second_label),
-            conflict.kind,
-            plain(conflict.stream or "-"),
-            plain(" ".join(map(str, conflict.ids)) or "-"),
-        )
-    out.print(table)
-    pairs = "pair" if len(conflicts) == 1 else "pairs"
-    out.print(plain(f"{len(conflicts)} conflicting {pairs}; engram merge --on-conflict settles them", "yellow"))
+    show_columns(
+        ("first", "file", "second", "file", "share", "stream", "token ids"),
+        [
+            (
+                conflict.first,
+                conflict.first_label,
+                conflict.second,
+                conflict.second_label,
+                conflict.kind,
+                conflict.stream or "-",
+                " ".join(map(str, conflict.ids)) or "-",
+            )
+            for conflict in conflicts
+        ],
+    )
+    show(f"{count(len(conflicts), 'conflicting pair')}; engram merge --on-conflict settles them", fg="yellow")
 
 
 def _describe(adapter: Adapter, identity: str | None) -> dict[str, Any]:
@@ -168,12 +183,3 @@ def _describe(adapter: Adapter, identity: str | None) -> dict[str, Any]:
             for index, record in enumerate(adapter.records())
         ],
     }
-
-
-def _table(*columns: str) -> Table:
-    """Return a plain table; a column that begins with > is right-aligned."""
-    table = Table(box=None, pad_edge=False, header_style="bold dim")
-    for column in columns:
-        side: Literal["left", "right"] = "right" if column.startswith(">") else "left"
-        table.add_column(column.removeprefix(">"), justify=side, overflow="fold")
-    return table

@@ -20,21 +20,19 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report for scripts.")] = False,
 ) -> None:
     """Check the installation: packages, backbones, devices, disk. Exit status 1 when something is broken."""
-    from rich.table import Table
-
-    from engram_cli.console import format_size, out, plain, show_json, working
+    from engram_cli.console import working
+    from engram_cli.messages import format_size, show, show_columns, show_json
 
     with working("checking"):
         report = examine()
     if as_json:
         show_json(report)
     else:
-        table = Table("", "what", "state", box=None, pad_edge=False, header_style="bold")
-        for row in report["checks"]:
-            mark = {"ok": ("ok", "green"), "absent": ("-", "dim"), "broken": ("!!", "bold red")}[row["status"]]
-            table.add_row(plain(*mark), plain(row["what"]), plain(row["state"]))
-        out.print(table)
-        out.print(plain(f"free disk here: {format_size(report['free_bytes'])}"))
+        marks = {"ok": "ok", "absent": "-", "broken": "!!"}
+        show_columns(
+            ("", "what", "state"), [(marks[row["status"]], row["what"], row["state"]) for row in report["checks"]]
+        )
+        show(f"free disk here: {format_size(report['free_bytes'])}")
     if any(row["status"] == "broken" for row in report["checks"]):
         raise typer.Exit(1)
 

@@ -27,7 +27,8 @@ def extract(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result for scripts.")] = False,
 ) -> None:
     """Take concepts out of an adapter, bit for bit as they went in."""
-    from engram_cli.console import byte_progress, format_size, out, plain, show_json
+    from engram_cli.console import byte_progress
+    from engram_cli.messages import count, format_size, printable, show, show_json
     from engram_core import extract_file, open_adapter
 
     target = output or default_target(names)
@@ -45,9 +46,8 @@ def extract(
             }
         )
         return
-    many = "concept" if len(extracted) == 1 else "concepts"
-    out.print(plain(f"wrote {target}: {len(extracted)} {many}, {format_size(extracted.nbytes())}"), soft_wrap=True)
-    out.print(plain(f"identity {identity}"), soft_wrap=True)
+    show(printable(f"wrote {target}: {count(len(extracted), 'concept')}, {format_size(extracted.nbytes())}"))
+    show(f"identity {identity}")
 
 
 def default_target(names: list[str]) -> Path:

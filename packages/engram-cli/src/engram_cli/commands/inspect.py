@@ -42,7 +42,6 @@ def inspect(
 
     Given several adapters, list every conflict that a merge would meet.
     """
-    from engram_cli import firing, overview
     from engram_core import open_adapter
 
     if prompt and against is not None:
@@ -61,6 +60,7 @@ def inspect(
         overview.show_adapter(adapter, quick=quick, limit=limit, as_json=as_json)
         return
 
+    from engram_cli import firing
     from engram_cli.tokenizers import find_tokenizers
 
     tokenizers = find_tokenizers(adapter, tokenizer or (), model)

@@ -31,7 +31,8 @@ def merge(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result for scripts.")] = False,
 ) -> None:
     """Merge adapters into one file. A merge is a union: it never changes what a concept does."""
-    from engram_cli.console import byte_progress, format_size, out, plain, show_json, show_note
+    from engram_cli.console import byte_progress
+    from engram_cli.messages import count, format_size, printable, show, show_json, show_note
     from engram_core import ON_CONFLICT, merge_files, open_adapter
 
     choice = next((known for known in ON_CONFLICT if known == on_conflict), None)
@@ -57,6 +58,5 @@ def merge(
         show_note(f"left out {name!r} of {file}")
     for old, new, file in report.renamed:
         show_note(f"renamed {old!r} of {file} to {new!r}")
-    many = "concept" if len(report.concepts) == 1 else "concepts"
-    out.print(plain(f"wrote {output}: {len(report.concepts)} {many}, {format_size(merged.nbytes())}"), soft_wrap=True)
-    out.print(plain(f"identity {identity}"), soft_wrap=True)
+    show(printable(f"wrote {output}: {count(len(report.concepts), 'concept')}, {format_size(merged.nbytes())}"))
+    show(f"identity {identity}")
