@@ -53,8 +53,8 @@ def main() -> int:
         + ", ".join(f"{counts[outcome]} {outcome}" for outcome in ("refused", "half refused", "accepted", "finding"))
     )
     print(
-        f"largest peak of memory: {ratio:.1f} bytes for a byte of the file "
-        f"(allowed: {MEMORY_FACTOR} and {MEMORY_FIXED} more), measured for one mutant in {settings.measure_every}"
+        f"memory: at most {ratio:.0%} of what is allowed, {MEMORY_FIXED} bytes and {MEMORY_FACTOR} for each of its own "
+        f"(measured for one mutant in {settings.measure_every})"
     )
     return 1 if findings else 0
 
@@ -74,7 +74,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def take_through(settings: argparse.Namespace) -> Iterator[tuple[int, str, str, float]]:
-    """Yield number, outcome, detail and memory ratio of every mutant; start a new process where one died."""
+    """Yield each mutant's number, outcome, detail and share of the allowed memory; survive the death of a process."""
     context = multiprocessing.get_context("spawn")
     number, last = settings.first, settings.first + settings.mutations
     with tempfile.TemporaryDirectory() as folder:
@@ -115,7 +115,7 @@ def work(sender: Connection, settings: argparse.Namespace, folder: Path, first: 
         except FindingError as finding:
             sender.send((number, "finding", f"{how}: {finding}", 0.0))
         else:
-            sender.send((number, outcome, how, peak / max(1, len(data))))
+            sender.send((number, outcome, how, peak / (MEMORY_FIXED + MEMORY_FACTOR * len(data))))
 
 
 if __name__ == "__main__":

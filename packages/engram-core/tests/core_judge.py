@@ -36,10 +36,10 @@ from engram_core.storage import decode_vectors
 SECONDS = 5.0
 """Longest a mutant may take."""
 
-# JSON costs Python objects: 3 bytes of text such as `{},` become an empty dict of 64 bytes and its slot, the worst
-# case known; the text is held a few times over besides. NumPy's own work is in blocks, of a few bytes for each
-# byte of the file at most.
-MEMORY_FIXED = 1 << 20
+# JSON costs Python objects: nine bytes of text such as `{"a":{}},` become two dicts, and the text is held a few times
+# besides. That is the worst case known, about 45 bytes for a byte of the file on Python 3.10 and 40 on later ones, and
+# it ends at 256 KiB of text. NumPy's own work is in blocks, of a few bytes for each byte of the file at most.
+MEMORY_FIXED = 1 << 16
 MEMORY_FACTOR = 50
 """A mutant of n bytes may cost at most MEMORY_FIXED + MEMORY_FACTOR * n bytes in any one step."""
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from core_hostile import NUMPY_TYPES, Pieces, join, one, several
+from core_hostile import NUMPY_TYPES, Pieces, Tensor, join, one, several
 
 
 class Pairs(list):
@@ -19,6 +19,8 @@ class Pairs(list):
 class Raw(str):
     """JSON text to be written as it is."""
 
+
+LOW, HIGH = -(1 << 63), (1 << 63) - 1
 
 _INTEGERS = [0, 1, 2, 3, 7, 8, 255, 1 << 16, 1 << 20, 1 << 31, 1 << 32, 1 << 53, 1 << 62, 1 << 63, 1 << 64, 10**30]
 _INTEGERS += [-1, -2, -(1 << 31), -(1 << 63), (1 << 31) - 1, (1 << 62) - 1, (1 << 63) - 1, (1 << 64) - 1]
@@ -98,7 +100,8 @@ def _mutate_json(rng: random.Random, root: Any) -> None:
     if kind <= 2:
         value = _weird(rng)
     elif kind <= 4 and type(value) is int:
-        value += rng.choice([-1, 1, 2, 4, 8, -8, 1 << 32, -(1 << 63)])
+        other = [f"{value}.0", f"{value}e0", f"-{value}", f" {value}"]
+        value = rng.choice([*(value + by for by in (-1, 1, 2, 4, 8, -8, 1 << 32, LOW)), *map(Raw, other)])
     elif kind <= 4 and type(value) is str:
         at = rng.randrange(len(value) + 1)
         value = rng.choice([value[:at], value[:at] + rng.choice(_WORDS)[:20] + value[at:], rng.choice(_WORDS)])
@@ -171,7 +174,6 @@ def _mutate_record(rng: random.Random, data: bytes) -> bytes:
     return pieces.pack()
 
 
-_LOW, _HIGH = -(1 << 63), (1 << 63) - 1
 _FLOATS = [0.0, -0.0, 1.0, float("nan"), float("inf"), -float("inf"), 3.4e38, -3.4e38, 1e-45, 1e-38, 65504.0, 1e20]
 
 
@@ -181,7 +183,7 @@ def _number(rng: random.Random, array: np.ndarray) -> Any:
         return np.float32(rng.choice(_FLOATS))
     limits = np.iinfo(array.dtype)
     near = [0, 1, 2, 5, 19, 20, 999, 1000, limits.min, limits.max, limits.max - 1, limits.max // 2, 0x7F80, 0x7F81]
-    near += [_LOW, -1, _HIGH - 14, 1 << 31, 1 << 62]
+    near += [LOW, -1, HIGH - 14, 1 << 31, 1 << 62]
     value = rng.choice(near) if rng.random() < 0.7 or not array.size else int(rng.choice(array.flat)) + 1
     return min(max(value, int(limits.min)), int(limits.max))
 
@@ -201,7 +203,10 @@ def _mutate_one_tensor(rng: random.Random, pieces: Any) -> None:
     tensor = pieces.tensors[name]
     kind = rng.randrange(16)
     if kind == 0:
+        huge = (1 << 62) - 1
         del pieces.tensors[name]
+        if rng.random() < 0.5:  # an empty tensor may claim any axis
+            pieces.tensors[name] = Tensor(tensor.dtype, rng.choice([[0], [0, 3], [3, 0], [0, huge], [huge, 0]]), b"")
         return
     if kind == 1:
         pieces.tensors[rng.choice([*_WORDS, name + "x", name.replace("clip_l", "t5")])] = tensor
@@ -217,6 +222,8 @@ def _mutate_one_tensor(rng: random.Random, pieces: Any) -> None:
         tensor.dtype = rng.choice([*NUMPY_TYPES, "F64", "BOOL", "F8_E4M3", "U16", "I16"])
         return
     array = pieces.array(name)
+    if not array.size:  # its first axis may be of any length
+        return
     if kind == 5:
         array = array[: rng.randrange(len(array) + 1)]
     elif kind == 6:
@@ -229,7 +236,7 @@ def _mutate_one_tensor(rng: random.Random, pieces: Any) -> None:
     elif kind == 9 and len(array) >= 5 and array.dtype == np.int64:
         # Each step is positive modulo 2**64, though the values are far outside.
         at = rng.randrange(1, len(array) - 3)
-        array[at : at + 3] = [_HIGH, _LOW, -1]
+        array[at : at + 3] = [HIGH, LOW, -1]
     elif kind == 10 and len(array) > 1:
         array = np.repeat(array, 2, axis=0)[: len(array)]
     elif kind == 11 and len(array) > 1:
@@ -294,7 +301,7 @@ def _mutate_bytes(rng: random.Random, data: bytes) -> bytes:
             chunk = data[begin : begin + rng.choice([1, 4, 8, 40])]
             result[at : at + len(chunk)] = chunk
         else:
-            result[at : at + 8] = struct.pack("<q", rng.choice([_LOW, _HIGH, -1, 0, 1, 1 << 32]))
+            result[at : at + 8] = struct.pack("<q", rng.choice([LOW, HIGH, -1, 0, 1, 1 << 32]))
         if not result:
             return b""
     return bytes(result)

@@ -5,7 +5,7 @@ import math
 import re
 import struct
 from itertools import pairwise
-from typing import Any
+from typing import Any, NoReturn
 
 from core_hostile import Pieces, canonical
 
@@ -54,7 +54,7 @@ def check_file(data: bytes) -> None:
 def canonical_json(text: bytes) -> Any:
     expect(len(text) <= 256 * 1024, "at most 256 KiB of JSON")
     try:
-        value = json.loads(text.decode(), parse_constant=refuse)
+        value = json.loads(text.decode(), parse_int=integer, parse_constant=refuse)
         levels = depth(value)
     except (ValueError, RecursionError):
         raise RuleError("is JSON of some depth") from None
@@ -63,7 +63,11 @@ def canonical_json(text: bytes) -> Any:
     return value
 
 
-def refuse(constant: str) -> None:
+def integer(text: str) -> int:
+    return refuse(text) if text == "-0" or len(text) > 1000 else int(text)
+
+
+def refuse(constant: str) -> NoReturn:
     raise ValueError(constant)
 
 

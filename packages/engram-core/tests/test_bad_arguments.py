@@ -81,6 +81,7 @@ def circular() -> dict[str, Any]:
         ({"a": "\ud800"}, ["cannot be written as JSON", "surrogates"]),
         (circular(), ["cannot be written as JSON", "Circular"]),
         ({"a": nested(100_000)}, ["cannot be written as JSON", "recursion"]),
+        ({"a": 10**1000}, ["holds the integer 1000", "at most 1000 characters"]),
         ({"a": nested(63)}, ["nests its JSON too deeply", "64"]),
         ({"a": "x" * (1 << 18)}, ["concept 'cat' has a record of 2622", "262144", "keep less in `training`"]),
     ],

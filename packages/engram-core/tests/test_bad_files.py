@@ -51,7 +51,7 @@ def test_a_folder(tmp_path):
 
 @pytest.mark.parametrize("name", ["nul\0.safetensors", "\0"])
 def test_a_path_with_a_null_byte(tmp_path, name):
-    expect_read_error(tmp_path / name, r"\x00", "null byte")
+    expect_read_error(tmp_path / name, r"\x00", "null")
 
 
 def test_a_path_that_is_too_long(tmp_path):
@@ -175,7 +175,8 @@ def test_memory_is_bounded_by_the_index_and_not_by_the_vectors(path, dtype):
 
 
 @pytest.mark.parametrize(
-    "shape", [[1 << 61], [1 << 31, 1 << 30], [0, 1 << 61], [(1 << 62) - 1] * 8, [1 << 40, 0, 1 << 40]]
+    "shape",
+    [[1 << 61], [1 << 31, 1 << 30], [0, 1 << 61], [(1 << 62) - 1, 0], [(1 << 62) - 1] * 8, [1 << 40, 0, 1 << 40]],
 )
 def test_a_shape_in_the_header_costs_nothing(path, shape):
     data = changed_header(lambda header: header["t5.vectors"].__setitem__("shape", shape))
@@ -189,12 +190,12 @@ def test_a_shape_in_the_header_costs_nothing(path, shape):
 
 
 def test_a_hostile_record_costs_at_most_what_its_text_parses_to():
-    """The worst case known: three bytes of text are a dict of 64 bytes and its slot, once more while it is dumped."""
-    filler = {"x": [{} for _ in range(80_000)]}
+    """The worst case known: nine bytes of text are two dicts; the text is held a few times besides."""
+    filler = {"x": [{"a": {}} for _ in range(25_000)]}
     adapter = Adapter.from_bytes(with_record(0, training=filler).pack())
     size = adapter.nbytes()
-    assert size > 240_000
-    assert peak_of(adapter.check) < 60 * size
+    assert size > 225_000
+    assert peak_of(adapter.check) < 50 * size
     assert peak_of(lambda: open_adapter_again(adapter)) < 4 * size
 
 

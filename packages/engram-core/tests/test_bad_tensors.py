@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from core_hostile import Pieces, canonical, one, several
+from core_hostile import Pieces, Tensor, canonical, one, several
 from core_refusals import CHECKING, DATA, GOOD, OPENING, REMOVED, expect_refusal, refusals, with_record
 
 from engram_core import Adapter, AdapterFormatError, Matcher, Residual
@@ -23,6 +23,14 @@ def path(tmp_path: Path) -> Path:
 
 
 # Tensors: seen on opening
+
+
+@pytest.mark.parametrize("name", ["t5.vectors", "clip_l.scales"])
+@pytest.mark.parametrize("shape", [[0, 1 << 61], [1 << 61, 0], [(1 << 62) - 1, 0]])
+def test_an_empty_tensor_that_claims_a_long_axis(path, name, shape):
+    pieces = Pieces.of(DATA)
+    pieces.tensors[name] = Tensor("F32", shape, b"")
+    expect_refusal(path, pieces.pack(), OPENING, (f"tensor '{name}' has shape {shape}", "no file is that large"))
 
 
 def resized(name: str, by: int) -> Callable[[Pieces], object]:
@@ -290,9 +298,9 @@ RECORD = Pieces.of(DATA).records[1]
         (RECORD[:-1], ("is not JSON",)),
         (RECORD[:-1] + b',"trigger":"b"}', ("names the key 'trigger' twice",)),
         (b'{"activation":"a' + b"\xff" * 9, ("is not JSON", "0xff")),
-        (b'{"activation":"a","x":' + b"[" * 2000, ("nests its JSON too deeply",)),
+        (b'{"activation":"a","x":' + b"[" * 2000 + b"]" * 2000 + b"}", ("nests its JSON too deeply",)),
         (RECORD.replace(b'"training":{}', b'"training":{"a":1e999}'), ("JSON",)),
-        (RECORD.replace(b'"training":{}', b'"training":{"a":-0}'), ("is not canonical JSON",)),
+        (RECORD.replace(b'"training":{}', b'"training":{"a":-0}'), ("holds the integer -0",)),
         (RECORD.replace(b'"training":{}', b'"training":{"a":"\\ud800"}'), ("no canonical form",)),
     ],
 )

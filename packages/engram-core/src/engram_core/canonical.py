@@ -13,6 +13,9 @@ JSON_MAX_BYTES = 256 * 1024
 JSON_MAX_DEPTH = 64
 """Deepest nesting the reader accepts: far below the interpreter's own limit, which depends on the caller."""
 
+JSON_MAX_DIGITS = 1000
+"""Longest integer the reader accepts: some Pythons have a limit of their own, others take very long."""
+
 _TOO_DEEP = f"nests its JSON too deeply; the limit is {JSON_MAX_DEPTH}"
 
 
@@ -40,7 +43,12 @@ def parse_strict(text: bytes) -> Any:
     if len(text) > JSON_MAX_BYTES:
         raise ValueError(f"has {len(text)} bytes of JSON, the limit is {JSON_MAX_BYTES}")
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        value = json.loads(
+            text.decode("utf-8"),
+            object_pairs_hook=_unique_keys,
+            parse_int=_parse_integer,
+            parse_constant=_refuse_constant,
+        )
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -86,6 +94,13 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise DuplicateKeyError(f"names the key {quote(twice)} twice")
     return result
+
+
+def _parse_integer(text: str) -> int:
+    # The safetensors library takes -0 for a float, Python for an integer.
+    if text == "-0" or len(text) > JSON_MAX_DIGITS:
+        raise ValueError(f"holds the integer {text[:40]}; expected at most {JSON_MAX_DIGITS} characters, and no -0")
+    return int(text)
 
 
 def _refuse_constant(name: str) -> Any:

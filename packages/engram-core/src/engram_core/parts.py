@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engram_core.adapter import Adapter, open_adapter
-from engram_core.checks import check_concepts
+from engram_core.checks import check_concepts, check_vectors
 from engram_core.concept import ConceptRecord
 from engram_core.container import Stamp, read_stamp
 from engram_core.errors import AdapterFormatError, AdapterReadError, IncompatibleAdaptersError, InputError
@@ -169,9 +169,12 @@ def _pass_together(group: list[Adapter], dtypes: list[str]) -> bool:
     tables = {name: [adapter.streams[name] for adapter in group] for name in manifest.streams}
     if any([table.dtype for table in column] != dtypes for column in tables.values()) or len(set(dtypes)) > 1:
         return False
-    if any(table.concept.any() or table.trigger_concept.any() for column in tables.values() for table in column):
+    each = [table for column in tables.values() for table in column]
+    if np.concatenate([owners for table in each for owners in (table.concept, table.trigger_concept)]).any():
         return False
     try:
+        for table in each:
+            check_vectors(table.vectors, table.dtype, "")
         check_concepts("", manifest, {name: _join(column) for name, column in tables.items()}, 0, dtypes)
     except AdapterFormatError:
         return False
@@ -179,14 +182,14 @@ def _pass_together(group: list[Adapter], dtypes: list[str]) -> bool:
 
 
 def _join(tables: list[StreamTable]) -> StreamTable:
-    """Return the columns of adapters of one concept as those of one adapter."""
+    """Return the columns of adapters of one concept as those of one adapter, the vectors left out."""
     entries = _join_ngrams([table.ids for table in tables], [table.offsets for table in tables])
     triggers = _join_ngrams([table.trigger_ids for table in tables], [table.trigger_offsets for table in tables])
     return StreamTable(
         ids=entries[0],
         offsets=entries[1],
         concept=entries[2],
-        vectors=np.concatenate([table.vectors for table in tables]),
+        vectors=tables[0].vectors[:0],  # joining them would copy them
         dtype=tables[0].dtype,
         scales=np.concatenate([table.scales for table in tables]),
         trigger_ids=triggers[0],
