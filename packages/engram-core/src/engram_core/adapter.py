@@ -227,7 +227,8 @@ class Adapter:
 
     def identity(self) -> str:
         """Return the adapter's identity: the hex SHA-256 of the whole file. Reads every byte."""
-        return hash_buffer(self._container.buffer)
+        with self._container.read_whole():
+            return hash_buffer(self._container.buffer)
 
     def nbytes(self) -> int:
         """Return the size of the file."""
@@ -244,7 +245,7 @@ class Adapter:
             TargetExistsError: the file exists and `overwrite` is false.
             AdapterWriteError: the file cannot be written.
         """
-        with open_target(path, overwrite=overwrite) as target:
+        with open_target(path, overwrite=overwrite) as target, self._container.read_whole():
             write_all(target, memoryview(self._container.buffer))
         return self.identity()
 
@@ -254,6 +255,10 @@ class Adapter:
         Raises:
             AdapterFormatError: naming the file and the first field at fault.
         """
+        with self._container.read_whole():
+            self._check()
+
+    def _check(self) -> None:
         previous = ""
         dtypes: list[str] = []
         for record in self.records():

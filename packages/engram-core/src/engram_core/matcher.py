@@ -81,6 +81,10 @@ class Matcher:
         """
         if stream not in adapter.streams:
             raise InputError(f"{adapter.label}: has no stream {stream!r}; it has {', '.join(adapter.streams)}")
+        with adapter.container.read_whole():
+            self._index(adapter, stream)
+
+    def _index(self, adapter: Adapter, stream: str) -> None:
         table = adapter.streams[stream]
         _check_addresses(adapter, stream)
         anchored = adapter.anchored()

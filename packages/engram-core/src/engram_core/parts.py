@@ -138,11 +138,14 @@ def load_parts(adapters: Iterable[Adapter]) -> list[Part]:
     """
     parts: list[Part] = []
     for group in _group(adapters):
-        records = [_read_records(adapter) for adapter in group]
-        if not _pass_together(group, [record.dtype for (record, *_) in records]):
+        with contextlib.ExitStack() as reading:
             for adapter in group:
-                adapter.check()  # names the file at fault
-        parts += map(_index, group, records)
+                reading.enter_context(adapter.container.read_whole())
+            records = [_read_records(adapter) for adapter in group]
+            if not _pass_together(group, [record.dtype for (record, *_) in records]):
+                for adapter in group:
+                    adapter.check()  # names the file at fault
+            parts += map(_index, group, records)
     return parts
 
 
