@@ -90,7 +90,7 @@ def _places(value: Any) -> list[tuple[Any, int]]:
 
 
 def _mutate_json(rng: random.Random, root: Any) -> None:
-    places = _places(root)
+    places = _places(root) if isinstance(root, list) else []
     if not places:
         return
     holder, index = rng.choice(places)
@@ -142,7 +142,7 @@ def _mutate_header(rng: random.Random, data: bytes) -> bytes:
     root = _parse(data[8:stop])
     for _ in range(rng.choice([1, 1, 1, 2])):
         # Half of all places of a header are in it thrice: names, offsets, shapes. Metadata get a share of their own.
-        _mutate_json(rng, root if rng.random() < 0.8 else root[0][1])
+        _mutate_json(rng, root[0][1] if rng.random() >= 0.8 and root else root)
     text = _dump(root).encode("utf-8", "surrogatepass")
     if rng.random() < 0.1:
         return len(text).to_bytes(8, "little") + text + data[stop:]
