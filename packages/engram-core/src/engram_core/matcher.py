@@ -249,8 +249,7 @@ def _flatten(ids: TokenIds) -> tuple[Ints, int]:
         array = array[None]
     n_rows, length = array.shape
     tokens = np.full((n_rows, length + 1), -1, np.int64)
-    # 31 bits: packing must not let an id such as 2**32 + 5 look like 5.
-    tokens[:, :length] = np.where((array >= 0) & (array < 1 << 31), array, -1)
+    tokens[:, :length] = _mask(array)
     return tokens.reshape(-1), length + 1
 
 
@@ -264,8 +263,16 @@ def _flatten_lists(rows: Sequence[Any]) -> tuple[Ints, int]:
     width = 1 + max(len(array) for array in arrays)
     tokens = np.full((len(arrays), width), -1, np.int64)
     for row, array in zip(tokens, arrays, strict=True):
-        row[: len(array)] = np.where((array >= 0) & (array < 1 << 31), array, -1)
+        row[: len(array)] = _mask(array)
     return tokens.reshape(-1), width
+
+
+def _mask(ids: npt.NDArray[Any]) -> Ints:
+    """Return ids as int64, with -1 for those that no tokenizer gives."""
+    # 31 bits: packing must not let an id such as 2**32 + 5 look like 5.
+    tokens: Ints = ids.astype(np.int64)
+    tokens[(ids < 0) | (ids >= 1 << 31)] = -1
+    return tokens
 
 
 def _row(values: Any) -> npt.NDArray[Any]:

@@ -79,7 +79,8 @@ def _foreign_packages() -> list[tuple[str, str]]:
     found = []
     ours = {"engram_core": "engram-core", "engram_cli": "engram-cli"}
     for distribution in distributions():
-        modules = {str(file).split("/")[0] for file in distribution.files or () if "/" in str(file)}
+        record = distribution.read_text("RECORD") or ""
+        modules = {line.split("/")[0] for line in record.splitlines() if "/" in line}
         found += [
             (distribution.name, f"also installs {module!r}; it is another project's, uninstall it")
             for module in sorted(modules & ours.keys())
