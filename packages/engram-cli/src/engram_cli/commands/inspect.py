@@ -42,21 +42,23 @@ def inspect(
 
     Given several adapters, list every conflict that a merge would meet.
     """
+    import gc
+
+    # Importing leaves no garbage, and looking for some after every few hundred objects takes time.
+    gc.disable()
+    from engram_cli import overview
     from engram_core import open_adapter
 
+    gc.enable()
     if prompt and against is not None:
         raise typer.BadParameter("give --prompt or --against, not both", param_hint="--against")
     if len(files) > 1:
         if prompt or against is not None:
             raise typer.BadParameter("--prompt and --against take one adapter; merge them first", param_hint="FILES")
-        from engram_cli import overview
-
         overview.show_conflicts([open_adapter(file) for file in files], as_json=as_json)
         return
     adapter = open_adapter(files[0])
     if not prompt and against is None:
-        from engram_cli import overview
-
         overview.show_adapter(adapter, quick=quick, limit=limit, as_json=as_json)
         return
 
