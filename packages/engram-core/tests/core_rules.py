@@ -1,4 +1,4 @@
-"""The rules of an adapter file once more (design, section 5), in the plainest possible code."""
+"""The rules of an adapter file once more (docs/file-format.md), in the plainest possible code."""
 
 import json
 import math

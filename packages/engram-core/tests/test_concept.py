@@ -50,7 +50,7 @@ def record(**fields):
     return ConceptRecord(**{"name": "cat", "trigger": "the cat", "rule": "absolute"} | fields)
 
 
-def test_defaults_are_those_of_the_design():
+def test_defaults_are_the_documented_ones():
     plain = record()
     assert (plain.activation, plain.overlap, plain.max_ngram, plain.dtype) == ("anchored", "sum", 7, "f32")
     assert (plain.training, plain.license) == ({}, None)

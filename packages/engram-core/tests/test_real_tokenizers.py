@@ -209,7 +209,7 @@ def test_anchored_never_fires_in_unrelated_text_where_spans_leak(tokenizer, manu
     assert firing_lines(spans, tokenizer, manual)[PILOT] > 50
 
 
-def test_the_leak_is_what_the_design_says(clip, manual):
+def test_the_leak_is_what_the_docs_say(clip, manual):
     spans = adapter_of(clip, PILOT, ROBOT, activation="spans")
     culprits = {PILOT: set(), ROBOT: set()}
     for firing in audit_lines(spans, {"clip_l": clip}, manual):

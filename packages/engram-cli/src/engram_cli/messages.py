@@ -59,6 +59,12 @@ def show_columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         show("  ".join(cells).rstrip(), **({"bold": True} if number == 0 else {}))
 
 
+def show_written(path: object, what: str, n_bytes: int, identity: str) -> None:
+    """Tell that an adapter was written."""
+    show(printable(f"wrote {path}: {what}, {format_size(n_bytes)}"))
+    show(f"identity {identity}")
+
+
 def format_size(n_bytes: int) -> str:
     """Return a size in the unit that reads best."""
     size = float(n_bytes)

@@ -43,7 +43,7 @@ def convert(
     """
     from typing import get_args
 
-    from engram_cli.messages import format_size, printable, show, show_json
+    from engram_cli.messages import show_json, show_written
     from engram_core import ConvertingBackbone, ConvertSettings, EngramError, Rule, load_backbone
 
     if rule is not None and rule not in get_args(Rule):
@@ -66,5 +66,4 @@ def convert(
         show_json({"output": str(target), "identity": identity, "bytes": adapter.nbytes(), "entries": entries})
         return
     counts = ", ".join(f"{count} entries in {stream}" for stream, count in entries.items())
-    show(printable(f"wrote {target}: {counts}, {format_size(adapter.nbytes())}"))
-    show(f"identity {identity}")
+    show_written(target, counts, adapter.nbytes(), identity)

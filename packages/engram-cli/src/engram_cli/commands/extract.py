@@ -28,7 +28,7 @@ def extract(
 ) -> None:
     """Take concepts out of an adapter, bit for bit as they went in."""
     from engram_cli.console import byte_progress
-    from engram_cli.messages import count, format_size, printable, show, show_json
+    from engram_cli.messages import count, show_json, show_written
     from engram_core import extract_file, open_adapter
 
     target = output or default_target(names)
@@ -46,8 +46,7 @@ def extract(
             }
         )
         return
-    show(printable(f"wrote {target}: {count(len(extracted), 'concept')}, {format_size(extracted.nbytes())}"))
-    show(f"identity {identity}")
+    show_written(target, count(len(extracted), "concept"), extracted.nbytes(), identity)
 
 
 def default_target(names: list[str]) -> Path:

@@ -32,7 +32,7 @@ def merge(
 ) -> None:
     """Merge adapters into one file. A merge is a union: it never changes what a concept does."""
     from engram_cli.console import byte_progress
-    from engram_cli.messages import count, format_size, printable, show, show_json, show_note
+    from engram_cli.messages import count, show_json, show_note, show_written
     from engram_core import ON_CONFLICT, merge_files, open_adapter
 
     choice = next((known for known in ON_CONFLICT if known == on_conflict), None)
@@ -58,5 +58,4 @@ def merge(
         show_note(f"left out {name!r} of {file}")
     for old, new, file in report.renamed:
         show_note(f"renamed {old!r} of {file} to {new!r}")
-    show(printable(f"wrote {output}: {count(len(report.concepts), 'concept')}, {format_size(merged.nbytes())}"))
-    show(f"identity {identity}")
+    show_written(output, count(len(report.concepts), "concept"), merged.nbytes(), identity)
