@@ -112,7 +112,7 @@ def show_span(tokenizer: StreamTokenizer, firing: Firing, span: tuple[int, int])
 
 
 def _paint(tokenizer: StreamTokenizer, reading: StreamReading) -> Text:
-    """Return the tokens of a prompt, separated by dots; what fires is coloured, or bracketed without colour."""
+    """Return the tokens of a prompt, separated by spaces; what fires is coloured, or bracketed without colour."""
     styles: dict[int, str] = {}
     for index, (_, spans) in enumerate(reading.fired):
         for start, stop in spans:

@@ -27,7 +27,7 @@ class Firing:
         stream: where it fires.
         concept: name of the concept.
         ids: the line's token ids.
-        spans: (start, stop) token ranges that fire, merged where they overlap.
+        spans: (start, stop) token ranges that fire, merged where they touch.
     """
 
     line: int

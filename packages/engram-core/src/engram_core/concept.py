@@ -33,7 +33,9 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
-_MARKS = re.compile(r"(~[0-9a-f]{8})+\Z")  # what a merge adds to names that clash
+NAME_MARK = "~"  # "cat" twice becomes "cat~1a2b3c4d" and "cat~5e6f7a8b"
+MARK_DIGITS = 8  # of the concept's digest
+_MARKS = re.compile(rf"({NAME_MARK}[0-9a-f]{{{MARK_DIGITS}}})+\Z")
 
 
 def plain_name(name: str) -> str:

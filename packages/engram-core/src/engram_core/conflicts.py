@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from engram_core.adapter import Adapter
+from engram_core.concept import MARK_DIGITS, NAME_MARK
 from engram_core.errors import ConflictError, InputError
 from engram_core.parts import Part, PartColumn, join_manifests, load_parts
 from engram_core.registry import Ngram
@@ -16,9 +17,6 @@ from engram_core.trie import Trie
 
 OnConflict = Literal["error", "keep-first", "keep-last", "both"]
 ON_CONFLICT: tuple[OnConflict, ...] = ("error", "keep-first", "keep-last", "both")
-
-_NAME_MARK = "~"  # "cat" twice becomes "cat~1a2b3c4d" and "cat~5e6f7a8b"
-_MARK_DIGITS = 8
 
 
 class Member(NamedTuple):
@@ -192,12 +190,12 @@ class Pool:
 
     def _plain_name(self, member: Member) -> str:
         name = self.name(member)
-        plain, _, digits = name.rpartition(_NAME_MARK)
-        marked = plain and len(digits) == _MARK_DIGITS and _NAME_MARK + digits == self._mark(member)
+        plain, _, digits = name.rpartition(NAME_MARK)
+        marked = plain and len(digits) == MARK_DIGITS and NAME_MARK + digits == self._mark(member)
         return plain if marked else name
 
     def _mark(self, member: Member) -> str:
-        return _NAME_MARK + self.digest(member)[:_MARK_DIGITS]
+        return NAME_MARK + self.digest(member)[:MARK_DIGITS]
 
     def _opposed(self, kind: str, first: Member, second: Member) -> bool:
         """Tell whether two concepts that share an address or a name contradict each other."""

@@ -69,7 +69,7 @@ class Matcher:
     the longest; the concept's entries fire inside what remains. Concepts with `spans`: each entry fires
     wherever its ids occur. Only triggers of anchored concepts and entries of `spans` concepts are indexed.
 
-    Thread-safe. Cost does not depend on the number of concepts but through memory latency.
+    Thread-safe. Nothing is done for each concept: a larger index costs a few more steps of a binary search.
     """
 
     def __init__(self, adapter: Adapter, stream: str) -> None:

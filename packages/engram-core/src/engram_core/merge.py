@@ -20,10 +20,10 @@ import numpy.typing as npt
 from engram_core.adapter import Adapter, open_adapter
 from engram_core.conflicts import Member, OnConflict, Pool
 from engram_core.container import ContainerWriter, open_target
-from engram_core.errors import AdapterReadError, ConceptNotFoundError, InputError
+from engram_core.errors import AdapterReadError, InputError
 from engram_core.layout import pack_metadata, pack_offsets
 from engram_core.manifest import Manifest
-from engram_core.parts import Part, PartColumn, PartStream, join_manifests, load_part, load_parts
+from engram_core.parts import Part, PartColumn, PartStream, join_manifests, load_parts
 from engram_core.storage import CONTAINER_NAMES, STORED_TYPES, decode_vectors, encode_vectors, widest
 
 Progress = Callable[[int, int], None]
@@ -136,13 +136,9 @@ def _extract(adapter: Adapter, names: Sequence[str], target: BinaryIO, progress:
         raise InputError(f"{adapter.label}: the concepts to extract are the text {names!r}; give a list of names")
     if not names:
         raise InputError(f"{adapter.label}: name at least one concept to extract")
-    part = load_part(adapter)
-    position = {record.name: index for index, record in enumerate(part.records)}
-    for name in names:
-        if name not in position:
-            adapter.index(name)  # raises, listing what there is
-            raise ConceptNotFoundError(f"{adapter.label}: has no concept {name!r}")
-    _write([part], {Member(0, position[name]): name for name in names}, part.manifest, target, progress)
+    (part,) = load_parts([adapter])
+    chosen = {Member(0, adapter.index(name)): name for name in names}
+    _write([part], chosen, part.manifest, target, progress)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

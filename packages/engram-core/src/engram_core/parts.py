@@ -79,7 +79,7 @@ class Part:
     streams: Mapping[str, PartStream]
     path: Path | None
     stamp: Stamp
-    data: memoryview | None
+    data: bytes | None
 
     @contextlib.contextmanager
     def open(self) -> Iterator[BinaryIO | memoryview]:
@@ -89,7 +89,7 @@ class Part:
             AdapterReadError: the file is gone or was changed since it was opened.
         """
         if self.data is not None:
-            yield self.data
+            yield memoryview(self.data)
             return
         assert self.path is not None  # noqa: S101 - a part has either bytes or a path
         try:
@@ -108,7 +108,7 @@ class Part:
             AdapterReadError: as `open`.
         """
         if self.path is None:
-            return Adapter.from_bytes(bytes(self.data or b""), self.label)
+            return Adapter.from_bytes(self.data or b"", self.label)
         adapter = open_adapter(self.path)
         self._expect(adapter.container.stamp)
         return adapter
@@ -116,16 +116,6 @@ class Part:
     def _expect(self, stamp: Stamp) -> None:
         if stamp != self.stamp:
             raise AdapterReadError(f"{self.label}: was changed since it was opened; open it again")
-
-
-def load_part(adapter: Adapter) -> Part:
-    """Check an adapter in full and copy its index into memory.
-
-    Raises:
-        AdapterFormatError: the adapter is malformed.
-    """
-    adapter.check()
-    return _index(adapter, _read_records(adapter))
 
 
 def load_parts(adapters: Iterable[Adapter]) -> list[Part]:
@@ -249,7 +239,7 @@ def _index(adapter: Adapter, records: list[PartRecord]) -> Part:
         streams=streams,
         path=path,
         stamp=adapter.container.stamp,
-        data=memoryview(adapter.to_bytes()) if path is None else None,
+        data=adapter.to_bytes() if path is None else None,
     )
 
 

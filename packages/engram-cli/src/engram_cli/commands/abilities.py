@@ -6,6 +6,7 @@ the backbone's name is noticed; they pretend nothing and exit with status 1.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -25,18 +26,15 @@ def register(app: typer.Typer) -> None:
     """Add the commands."""
     for name, purpose in ABILITIES.items():
         help_text = f"Not available yet: no backbone of this version can {purpose}."
-        app.command(name, help=help_text, rich_help_panel="Not available yet")(_command(name, purpose))
+        app.command(name, help=help_text)(_command(name, purpose))
 
 
-def _command(name: str, purpose: str):  # type: ignore[no-untyped-def]
+def _command(name: str, purpose: str) -> Callable[[str | None], None]:
     def command(backbone: Backbone = None) -> None:
-        from engram_core import EngramError, list_backbones
+        from engram_core import EngramError, load_backbone
 
-        installed = list_backbones()
-        if backbone is not None and backbone not in installed:
-            from engram_core import load_backbone
-
-            load_backbone(backbone)  # raises, naming the nearest
+        if backbone is not None:
+            load_backbone(backbone)  # raises when there is none, naming the nearest
         who = f"backbone {backbone!r}" if backbone else "no installed backbone"
         able = "cannot" if backbone else "can"
         raise EngramError(
