@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from engram_core.adapter import Adapter
 from engram_core.concept import Rule
@@ -82,6 +82,182 @@ class ConvertingBackbone(Backbone, Protocol):
 
         Raises:
             EngramError: the checkpoint cannot be read or does not fit.
+        """
+        ...
+
+
+class Watcher:
+    """Hears how long work goes on; this one ignores everything, and one that shows it overrides what it needs.
+
+    A piece of work is announced with `begin`, reports with `advance`, and ends when the next begins or with `end`.
+    """
+
+    def begin(self, title: str, total: int | None = None, done: int = 0) -> None:
+        """Begin a piece of work of `total` units, of which `done` are done; None when that is not known."""
+
+    def advance(self, done: int, figures: Mapping[str, float] | None = None) -> None:
+        """Tell that `done` units are done, with figures worth showing, e.g. `{"loss": 0.12}`."""
+
+    def end(self) -> None:
+        """End the present piece of work."""
+
+    def note(self, message: str) -> None:
+        """Tell what the user should know but did not ask for; one line."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainReport:
+    """What a training run made.
+
+    Attributes:
+        output: the adapter file.
+        run_dir: folder with the resolved settings, the metrics, the previews and the state to go on from.
+        identity: hex SHA-256 of the adapter file.
+        n_bytes: size of the adapter file.
+        steps: steps done in all.
+        kept_step: the step whose vectors are in the file.
+        loss: validation loss at that step, or the mean training loss at the end where nothing was validated.
+        seconds: time this call took.
+        entries: entries in each stream.
+    """
+
+    output: Path
+    run_dir: Path
+    identity: str
+    n_bytes: int
+    steps: int
+    kept_step: int
+    loss: float
+    seconds: float
+    entries: Mapping[str, int]
+
+
+@runtime_checkable
+class TrainingBackbone(Backbone, Protocol):
+    """A backbone that can train a concept.
+
+    Attributes:
+        train_settings: the settings class, see `engram_core.settings`. Importing the backbone, and with it
+            this class, must not import torch.
+    """
+
+    train_settings: type[Any]
+
+    def default_train_settings(self, model: str) -> Mapping[str, Any]:
+        """Return settings that suit a model better than the class's own defaults; usually none."""
+        ...
+
+    def train(
+        self, settings: Any, *, resume: bool = False, overwrite: bool = False, watcher: Watcher | None = None
+    ) -> TrainReport:
+        """Train a concept and write its adapter.
+
+        Args:
+            settings: an instance of `train_settings`.
+            resume: go on with an interrupted run.
+            overwrite: replace the adapter file, and begin anew in a run folder that is in use.
+            watcher: hears how it goes.
+
+        Raises:
+            EngramError: anything the user can mend.
+            KeyboardInterrupt: after the state was saved, so that `resume` goes on.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generated:
+    """One file that generation wrote.
+
+    Attributes:
+        path: the file.
+        prompt: what was asked for.
+        seed: of the noise.
+        identity: hex SHA-256 over the adapters in use; None for the base model's.
+    """
+
+    path: Path
+    prompt: str
+    seed: int
+    identity: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateReport:
+    """What generation wrote.
+
+    Attributes:
+        files: one for each prompt and seed (with `compare` two: base and engram).
+        grid: picture that shows all of them side by side, when asked for.
+        seconds: time it took.
+    """
+
+    files: tuple[Generated, ...]
+    grid: Path | None
+    seconds: float
+
+
+@runtime_checkable
+class GeneratingBackbone(Backbone, Protocol):
+    """A backbone that can generate with adapters.
+
+    Attributes:
+        generate_settings: the settings class; as with `train_settings` without torch.
+    """
+
+    generate_settings: type[Any]
+
+    def default_generate_settings(self, model: str) -> Mapping[str, Any]:
+        """Return settings that suit a model better than the class's own defaults; usually none."""
+        ...
+
+    def generate(self, settings: Any, *, overwrite: bool = False, watcher: Watcher | None = None) -> GenerateReport:
+        """Generate and write files.
+
+        Args:
+            settings: an instance of `generate_settings`.
+            overwrite: replace files of the same names.
+            watcher: hears how it goes, and notes about triggers that do not fire.
+
+        Raises:
+            EngramError: anything the user can mend.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoReport:
+    """What a demonstration showed.
+
+    Attributes:
+        page: one self-contained HTML page.
+        figures: title to value, ready to print, in order.
+        passed: whether every promise held; the first is that without a trigger the output is byte-identical.
+        failures: what did not hold, one sentence each.
+        seconds: time it took.
+    """
+
+    page: Path
+    figures: Mapping[str, str]
+    passed: bool
+    failures: tuple[str, ...]
+    seconds: float
+
+
+@runtime_checkable
+class DemonstratingBackbone(Backbone, Protocol):
+    """A backbone with a demonstration that needs nothing but the installed packages."""
+
+    def demo(
+        self, output: Path, *, seed: int = 0, overwrite: bool = False, watcher: Watcher | None = None
+    ) -> DemoReport:
+        """Train, merge and generate with the checkpoint that ships, and measure.
+
+        Args:
+            output: folder for the page, the adapters and the pictures.
+            seed: of everything random.
+            overwrite: replace what an earlier demonstration wrote there.
+            watcher: hears how it goes.
         """
         ...
 

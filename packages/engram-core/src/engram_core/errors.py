@@ -31,6 +31,19 @@ class InputError(EngramError, ValueError):
     """An argument has the wrong type, shape or value."""
 
 
+class MissingSettingsError(InputError):
+    """Settings without a default were given nowhere.
+
+    Attributes:
+        names: the settings, in the order of their class.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in names)
+        super().__init__(f"missing: {options}; give them on the command line or in engram.toml")
+        self.names = tuple(names)
+
+
 class TriggerError(EngramError, ValueError):
     """A trigger cannot be registered with a tokenizer."""
 

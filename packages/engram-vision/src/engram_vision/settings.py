@@ -1,0 +1,192 @@
+"""What users can set for training and generating; importing this imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from engram_core import DEFAULT_MAX_NGRAM, Activation, Overlap, Rule, VectorType
+
+__all__ = ["Device", "GenerateSettings", "Precision", "TrainSettings"]
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSettings:
+    """How one concept is trained. The defaults are the published SD1.5 script's where it has a value.
+
+    Attributes:
+        data: folder of pictures with captions (`metadata.jsonl`, `.txt` files beside the pictures, or
+            TinyEngram's `metadata.json`).
+        trigger: the phrase that will recall the subject.
+        output: adapter file to write.
+        model: hub id, folder or single file of the base model, or `tiny`.
+        name: name of the concept; None means the trigger.
+        license: licence of the concept, kept in the file.
+        run_dir: folder for state, metrics and previews; None means the output's name with `.run`.
+        insert_trigger: put the trigger in front of captions that lack it, instead of refusing them.
+        rule: how vectors become residuals (docs/concepts.md).
+        overlap: how entries that cover one token combine.
+        activation: `anchored`, or the published `spans`.
+        max_ngram: N, the longest registered span below the whole trigger.
+        allow_single_token: accept a trigger of one token.
+        dtype: how vectors are stored.
+        init: words whose text states the vectors begin from; None draws them at random.
+        init_std: standard deviation of random vectors.
+        init_scale: first value of the scales.
+        steps: optimizer steps in all.
+        batch_size: pictures a step on one device.
+        accumulate: batches whose gradients add up to one step.
+        vector_rate, scale_rate: peak learning rates of vectors and of scales.
+        warm_up: steps in which the rates rise from 0.
+        schedule: what follows: `linear` decay to 0, `cosine` to 0, or `constant`.
+        weight_decay: of AdamW, for vectors and scales.
+        max_grad_norm: gradients are scaled down to this norm; None leaves them.
+        min_snr: gamma of min-SNR weighting (arXiv:2303.09556), usually 5; None weights all times alike.
+        resolution: pixels a side; None means the model's own.
+        flip: also learn from the mirror images.
+        crops: random square crops of each picture that are encoded and kept; 1 is the centre alone.
+        precision: number type of the frozen model; vectors and scales are always float32.
+        gradient_checkpointing: spend time to save memory.
+        device: where to train.
+        seed: of everything random.
+        validation_data: folder of pictures to measure the loss on; None measures on the training pictures,
+            with noise and times of their own.
+        validate_every: steps between validations; 0 never validates.
+        validation_draws: noises and times for each validation picture, the same at every validation.
+        keep: which vectors are written at the end: of the `best` validation, or the `last`.
+        preview_every: steps between preview pictures; 0 makes none.
+        preview_prompts: what to preview; empty means the trigger alone.
+        save_every: steps between saved states.
+        tracker: also report to TensorBoard or Weights & Biases.
+    """
+
+    data: Path
+    trigger: str
+    output: Path
+    model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    name: str | None = None
+    license: str | None = None
+    run_dir: Path | None = None
+    insert_trigger: bool = False
+    rule: Rule = "absolute"
+    overlap: Overlap = "sum"
+    activation: Activation = "anchored"
+    max_ngram: int = DEFAULT_MAX_NGRAM
+    allow_single_token: bool = False
+    dtype: VectorType = "f32"
+    init: str | None = None
+    init_std: float = 0.02
+    init_scale: float = 0.05
+    steps: int = 5000
+    batch_size: int = 4
+    accumulate: int = 1
+    vector_rate: float = 1e-3
+    scale_rate: float = 1e-4
+    warm_up: int = 500
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    weight_decay: float = 1e-2
+    max_grad_norm: float | None = 1.0
+    min_snr: float | None = None
+    resolution: int | None = None
+    flip: bool = False
+    crops: int = 1
+    precision: Precision = "fp32"
+    gradient_checkpointing: bool = False
+    device: Device = "auto"
+    seed: int = 0
+    validation_data: Path | None = None
+    validate_every: int = 100
+    validation_draws: int = 4
+    keep: Literal["best", "last"] = "best"
+    preview_every: int = 0
+    preview_prompts: tuple[str, ...] = ()
+    save_every: int = 100
+    tracker: Literal["none", "tensorboard", "wandb"] = "none"
+
+    def faults(self) -> Iterator[str]:
+        """Yield what is wrong with the values."""
+        low = {"max_ngram": 2, "steps": 1, "batch_size": 1, "accumulate": 1, "crops": 1, "save_every": 1}
+        low |= {"warm_up": 0, "validate_every": 0, "validation_draws": 1, "preview_every": 0, "seed": 0}
+        low |= {"resolution": 8}
+        for name, least in low.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                yield f"{name} is {value}, expected at least {least}"
+        for name in ("vector_rate", "scale_rate", "weight_decay", "init_std"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                yield f"{name} is {value}, expected a finite number of at least 0"
+        for name in ("max_grad_norm", "min_snr"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                yield f"{name} is {value}, expected a finite number above 0"
+        if self.vector_rate == 0 and self.scale_rate == 0:
+            yield "vector_rate and scale_rate are both 0; nothing would be learned"
+        if not abs(self.init_scale) < float("inf"):
+            yield f"init_scale is {self.init_scale}, expected a finite number"
+        if self.init is None and self.init_std == 0 and self.init_scale == 0:
+            yield "init_std and init_scale are both 0; no gradient would ever arrive"
+        if self.output.suffix != ".safetensors":
+            yield f"output is {self.output}, expected a name that ends in .safetensors"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateSettings:
+    """What to generate, and how.
+
+    Attributes:
+        output: folder for the pictures; made when it does not exist.
+        adapters: adapter files; `FILE@0.8` sets the strength of everything in it.
+        strengths: `NAME=0.5` sets one concept's strength, `0.5` every concept's; on top of the adapters' own.
+        prompts: what to draw.
+        prompts_file: text file with one prompt a line.
+        negative: negative prompt for all.
+        seeds: each prompt is drawn once with each.
+        model: hub id, folder or single file of the base model, or `tiny`.
+        compare: also draw without adapters, and write a labelled grid.
+        grid: write the labelled grid without comparing.
+        steps: denoising steps.
+        guidance: classifier-free guidance scale.
+        width, height: pixels; None means the model's own.
+        batch_size: pictures drawn at once.
+        precision: number type of the model.
+        device: where to draw.
+    """
+
+    output: Path = Path("images")
+    adapters: tuple[str, ...] = ()
+    strengths: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
+    prompts_file: Path | None = None
+    negative: str = ""
+    seeds: tuple[int, ...] = (0,)
+    model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    compare: bool = False
+    grid: bool = False
+    steps: int = 30
+    guidance: float = 7.5
+    width: int | None = None
+    height: int | None = None
+    batch_size: int = 4
+    precision: Precision = "fp32"
+    device: Device = "auto"
+
+    def faults(self) -> Iterator[str]:
+        """Yield what is wrong with the values."""
+        for name in ("steps", "batch_size", "width", "height"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                yield f"{name} is {value}, expected at least 1"
+        if not 0 <= self.guidance < float("inf"):
+            yield f"guidance is {self.guidance}, expected a finite number of at least 0"
+        if not self.prompts and self.prompts_file is None:
+            yield "there is no prompt; give --prompt or --prompts-file"
+        if not self.seeds or min(self.seeds) < 0:
+            yield f"seeds are {list(self.seeds)}, expected at least one, none below 0"
+        if self.compare and not self.adapters:
+            yield "compare needs an adapter to compare with; give --adapter"
