@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -93,6 +94,17 @@ def encode_images(model: AutoencoderKL, images: Images) -> Tensor:
     return torch.cat(parts)
 
 
+@torch.no_grad()
+def redraw_images(model: AutoencoderKL, images: Images) -> Images:
+    """Return pictures after a way through the autoencoder and back."""
+    parts = []
+    for first in range(0, len(images), 64):
+        latents = model.encode(to_pixels(images[first : first + 64])).latent_dist.mean
+        pixels = model.decode(latents).sample.clamp(-1, 1).add(1).mul(127.5).round()
+        parts.append(pixels.permute(0, 2, 3, 1).byte().numpy())
+    return np.concatenate(parts)
+
+
 def to_pixels(images: Images) -> Tensor:
     """Return uint8 [N, H, W, 3] as float32 [N, 3, H, W] in -1..1."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
@@ -103,6 +115,7 @@ def _edges(error: Tensor) -> Tensor:
     return (error[..., 1:, :] - error[..., :-1, :]).abs().mean() + (error[..., 1:] - error[..., :-1]).abs().mean()
 
 
-def _divergence(posterior: object) -> Tensor:
-    mean, logvar = posterior.mean.float(), posterior.logvar.float()  # type: ignore[attr-defined]
-    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+def _divergence(posterior: Any) -> Tensor:
+    mean, logvar = posterior.mean.float(), posterior.logvar.float()
+    divergence: Tensor = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    return divergence

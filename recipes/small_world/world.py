@@ -41,6 +41,9 @@ _THINGS = tuple(EMOJI)
 _ALONE = ((20, 88),)
 _PAIR = ((1, 62), (65, 62))
 _GROUND = 122
+REGIONS: Mapping[str, Box] = {"alone": (7, 14, 57, 64), "left": (0, 28, 34, 62), "right": (30, 28, 64, 62)}
+"""Where the judge looks for a subject: its place with some room around, in pixels of the picture."""
+
 _JITTER = 2
 # Shares of the pictures: no subject at all, two subjects; the rest has one.
 _EMPTY, _TWO = 0.04, 0.22

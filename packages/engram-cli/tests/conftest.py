@@ -1,11 +1,13 @@
-"""Adapters to work on, and the command as a user runs it: in a process of its own."""
+"""Adapters to work on, and the command as a user runs it: in a process of its own, or quicker in this one."""
 
+import importlib.metadata
 import json
 import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +23,9 @@ from engram_core import (
     build_registry,
     wrap_tokenizer,
 )
+
+sys.path.insert(0, str(Path(__file__).parent))  # pytest's import mode adds nothing
+from cli_toys import Mute, Toy
 
 WIDTH = 8
 TEXTS = ["a photo of a pilot in the snow, by the sea", "the keeper of a lamp", "Aldric and Brindle"]
@@ -43,7 +48,19 @@ class World:
 
     folder: Path
 
-    def build(self, name, trigger, *, file=None, seed=0, width=WIDTH, streams=("text",), **record):
+    def build(
+        self,
+        name,
+        trigger,
+        *,
+        file=None,
+        seed=0,
+        width=WIDTH,
+        streams=("text",),
+        backbone="example",
+        base_model="none",
+        **record,
+    ):
         tokenizer = wrap_tokenizer(Tokenizer.from_file(str(self.folder / "tokenizer.json")), max_length=24)
         registry = build_registry(trigger, tokenizer, contexts=record.pop("contexts", [("", ""), ("a photo of ", "")]))
         noise = np.random.default_rng(seed)
@@ -55,7 +72,7 @@ class World:
             scales=noise.normal(size=width).astype(np.float32),
         )
         spec = StreamSpec(width=width, site="last_hidden_state", tokenizer=tokenizer.spec)
-        manifest = Manifest(backbone="example", base_model="none", streams=dict.fromkeys(streams, spec))
+        manifest = Manifest(backbone=backbone, base_model=base_model, streams=dict.fromkeys(streams, spec))
         concept = Concept(
             record=ConceptRecord(name=name, trigger=trigger, rule="absolute", **record),
             streams=dict.fromkeys(streams, memory),
@@ -94,3 +111,57 @@ def tokenizer_text():
 def world(tmp_path, tokenizer_text):
     (tmp_path / "tokenizer.json").write_text(tokenizer_text, encoding="utf-8")
     return World(tmp_path)
+
+
+@pytest.fixture
+def install(monkeypatch):
+    """Make these backbones the installed ones, in this process."""
+
+    def install(*backbones):
+        entries = [
+            SimpleNamespace(name=one.name, value="cli_toys:TOY", dist=None, load=lambda one=one: one)
+            for one in backbones
+        ]
+        real = importlib.metadata.entry_points
+        monkeypatch.setattr(
+            importlib.metadata,
+            "entry_points",
+            lambda **choice: entries if choice == {"group": "engram.backbones"} else real(**choice),
+        )
+
+    return install
+
+
+@pytest.fixture
+def toy(install):
+    """A backbone that can do everything, installed beside one that can do nothing."""
+    toy = Toy()
+    install(toy, Mute())
+    return toy
+
+
+@pytest.fixture
+def engram(world, monkeypatch, capsys):
+    """The command in this process, in the world's folder."""
+    from engram_cli.main import main
+
+    monkeypatch.chdir(world.folder)
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as done:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Result(done.value.code or 0, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def toy_site(world):
+    """The environment in which processes of their own find the toy installed."""
+    info = world.folder / "site" / "engram_toys-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: engram-toys\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[engram.backbones]\ntoy = cli_toys:TOY\n")
+    return {"PYTHONPATH": os.pathsep.join([str(world.folder / "site"), str(Path(__file__).parent)])}

@@ -8,7 +8,7 @@ import pytest
 from core_builders import make_adapter, make_concept
 
 import engram_core
-from engram_core import ConceptNotFoundError, ConflictError, EngramError, find_conflicts
+from engram_core import ConceptNotFoundError, ConflictError, EngramError, MissingSettingsError, find_conflicts
 
 ERRORS = [
     value
@@ -26,6 +26,7 @@ BUILT_IN = {
     "ConflictError": ValueError,
     "IncompatibleAdaptersError": ValueError,
     "InputError": ValueError,
+    "MissingSettingsError": ValueError,
     "TargetExistsError": FileExistsError,
     "TriggerError": ValueError,
 }
@@ -59,7 +60,7 @@ def test_a_conflict_error_carries_the_conflicts():
     assert str(error) == "1 conflict"
 
 
-@pytest.mark.parametrize("error", [error for error in ERRORS if error is not ConflictError])
+@pytest.mark.parametrize("error", [one for one in ERRORS if one not in (ConflictError, MissingSettingsError)])
 def test_errors_cross_processes(error):
     copy = pickle.loads(pickle.dumps(error("what happened")))  # noqa: S301 - what this very test wrote
     assert type(copy) is error
@@ -70,3 +71,10 @@ def test_a_conflict_error_crosses_processes():
     copy = pickle.loads(pickle.dumps(ConflictError("1 conflict", [])))  # noqa: S301 - what this very test wrote
     assert str(copy) == "1 conflict"
     assert copy.conflicts == ()
+
+
+def test_missing_settings_are_told_as_the_flags_that_set_them_and_cross_processes():
+    error = MissingSettingsError(["data", "run_dir"])
+    assert str(error) == "missing: --data, --run-dir; give them on the command line or in engram.toml"
+    copy = pickle.loads(pickle.dumps(error))  # noqa: S301 - what this very test wrote
+    assert (copy.names, str(copy)) == (("data", "run_dir"), str(error))

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from engram_cli import __version__
-from engram_cli.commands import abilities, convert, doctor, extract, inspect, merge
+from engram_cli.commands import abilities, convert, demo, doctor, extract, generate, inspect, merge, train
+from engram_cli.endings import Interrupted
 
 _INTERRUPTED = 130  # as shells report it, 128 + SIGINT
 
@@ -20,11 +21,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # formatting help with Rich would import four times as much as the command itself
 )
+train.register(app)
+generate.register(app)
 merge.register(app)
 extract.register(app)
 inspect.register(app)
 convert.register(app)
 doctor.register(app)
+demo.register(app)
 abilities.register(app)
 
 
@@ -61,6 +65,9 @@ def main(arguments: list[str] | None = None) -> None:
         if done.code == _INTERRUPTED:  # Ctrl-C: files are written whole or not at all
             _show("interrupted; no file was left half-written")
         raise
+    except Interrupted as stop:
+        _show(str(stop))
+        sys.exit(_INTERRUPTED)
     except Exception as error:
         from engram_core import EngramError
 

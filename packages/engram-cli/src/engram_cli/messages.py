@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import typer
@@ -41,6 +41,11 @@ def show_note(message: str) -> None:
     typer.echo(_style("note: ", fg="yellow", bold=True) + printable(message), err=True)
 
 
+def show_progress(message: str) -> None:
+    """Tell how long work goes on, where no bar can be drawn."""
+    typer.echo(printable(message), err=True)
+
+
 def show_json(value: Any) -> None:
     """Print a result for scripts."""
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
@@ -73,6 +78,21 @@ def format_size(n_bytes: int) -> str:
             return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
         size /= 1000
     raise AssertionError("unreachable")
+
+
+def format_duration(seconds: float) -> str:
+    """Return a time in the units that read best."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s" if whole >= 10 else f"{seconds:.1f} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
+def format_entries(entries: Mapping[str, int]) -> str:
+    """Return the numbers of entries by stream in words."""
+    return ", ".join(f"{number} {'entry' if number == 1 else 'entries'} in {name}" for name, number in entries.items())
 
 
 def count(number: int, one: str) -> str:

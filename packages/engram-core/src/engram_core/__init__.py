@@ -48,6 +48,7 @@ from engram_core.errors import (
     InputError,
     MissingSettingsError,
     TargetExistsError,
+    TrainingError,
     TriggerError,
 )
 from engram_core.hashing import NgramHash
@@ -126,6 +127,7 @@ __all__ = [
     "TokenizerSpec",
     "TrainReport",
     "TrainingBackbone",
+    "TrainingError",
     "TriggerError",
     "Variant",
     "VectorType",

@@ -146,6 +146,10 @@ class PromptAudit:
         self._matchers = {stream: Matcher(adapter, stream) for stream in adapter.streams}
         self._triggers = [_plain(record.trigger) for record in adapter.records()]
 
+    def show(self, stream: str, ids: Ngram) -> list[str]:
+        """Return a stream's token ids as one short string each, for people."""
+        return self._tokenizers[stream].show(ids)
+
     def examine(self, prompt: str) -> PromptReport:
         """Return what one prompt does."""
         streams: dict[str, StreamReading] = {}

@@ -43,6 +43,10 @@ class MissingSettingsError(InputError):
         super().__init__(f"missing: {options}; give them on the command line or in engram.toml")
         self.names = tuple(names)
 
+    def __reduce__(self) -> tuple[type[MissingSettingsError], tuple[tuple[str, ...]]]:
+        # Exceptions are pickled by their message, which is not what this one is made from.
+        return type(self), (self.names,)
+
 
 class TriggerError(EngramError, ValueError):
     """A trigger cannot be registered with a tokenizer."""
@@ -86,6 +90,10 @@ class ConflictError(EngramError, ValueError):
     def __init__(self, message: str, conflicts: Sequence[Conflict] = ()) -> None:  # the default serves pickle
         super().__init__(message)
         self.conflicts = tuple(conflicts)
+
+
+class TrainingError(EngramError, ArithmeticError):
+    """Training went wrong: the loss is not a number; the last good state is kept."""
 
 
 class BackboneNotFoundError(EngramError, LookupError):

@@ -28,7 +28,8 @@ class TokenizerSource:
 
     Attributes:
         subfolder: folder within the model; empty for the top.
-        max_length: ids the encoder reads, special tokens included; None when unlimited.
+        max_length: ids the encoder reads, special tokens included; None when unlimited. A tokenizer whose own
+            configuration says less (`model_max_length`) counts.
     """
 
     subfolder: str
@@ -69,7 +70,13 @@ def load_tokenizer(model: str, source: TokenizerSource) -> StreamTokenizer:
     if not folder.is_dir():
         folder = _download(model, source.subfolder)
     place = folder / source.subfolder
-    return wrap_tokenizer(read_tokenizer(place), max_length=source.max_length, class_name=_class_name(place))
+    config = _read_config(place)
+    own, limit = config.get("model_max_length"), source.max_length
+    if limit is not None and isinstance(own, int) and 0 < own < limit:
+        limit = own
+    name = config.get("tokenizer_class")
+    class_name = name if isinstance(name, str) and name.isidentifier() else None
+    return wrap_tokenizer(read_tokenizer(place), max_length=limit, class_name=class_name)
 
 
 def read_tokenizer(path: Path) -> Any:
@@ -95,13 +102,13 @@ def read_tokenizer(path: Path) -> Any:
     raise InputError(f"{path}: holds no tokenizer (tokenizer.json, or vocab.json and merges.txt)")
 
 
-def _class_name(folder: Path) -> str | None:
-    """Return the class that transformers would use, when the folder says so."""
+def _read_config(folder: Path) -> dict[str, Any]:
+    """Return what the folder says of its tokenizer; nothing when it says nothing that can be read."""
     try:
-        name = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))["tokenizer_class"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return name if isinstance(name, str) and name.isidentifier() else None
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def _read_clip(folder: Path) -> Any:

@@ -2,7 +2,8 @@
 
 A settings class is a frozen, keyword-only dataclass whose fields are strings, numbers, booleans, paths,
 choices (`Literal`), tuples of these, or any of these or None. It may have a method `faults()` that returns
-what is wrong with its values, one sentence each.
+what is wrong with its values, one sentence each. Where a number or None is wanted, the text `none` means None:
+TOML has no word for it, and a stronger place could not take back what a weaker one has set.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ __all__ = ["Layer", "dump_settings", "resolve_settings", "setting_names"]
 
 SettingsType = TypeVar("SettingsType")
 
+_NONE = "none"
 _WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}
 
 
@@ -83,15 +85,22 @@ def resolve_settings(kind: type[SettingsType], layers: Sequence[Layer]) -> Setti
 
 
 def dump_settings(settings: Any) -> dict[str, Any]:
-    """Return settings as plain values for TOML or JSON; those that are None are left out."""
-    values = {field.name: getattr(settings, field.name) for field in fields(settings)}
-    return {name: _plain(value) for name, value in values.items() if value is not None}
+    """Return settings as plain values for TOML or JSON, from which `resolve_settings` makes the same again.
+
+    Those that are None by default and were left so are left out; other Nones are the text `none`.
+    """
+    values = {field.name: (getattr(settings, field.name), field.default) for field in fields(settings)}
+    return {
+        name: _NONE if value is None else _plain(value)
+        for name, (value, default) in values.items()
+        if value is not None or default is not None
+    }
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _required(field: Any) -> bool:
@@ -109,7 +118,12 @@ def _convert(value: Any, hint: Any) -> Any:
     origin = get_origin(hint)
     if origin in (Union, UnionType):
         (inner,) = (part for part in get_args(hint) if part is not NoneType)
-        return _convert(value, inner)
+        if inner not in (int, float):
+            return _convert(value, inner)
+        try:
+            return None if value == _NONE else _convert(value, inner)
+        except ValueError as error:
+            raise ValueError(f"{error} or {_NONE!r}") from None
     if origin is Literal:
         if value not in get_args(hint):
             raise ValueError(f"one of {', '.join(map(str, get_args(hint)))}")

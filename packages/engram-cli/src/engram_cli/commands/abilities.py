@@ -1,4 +1,4 @@
-"""Commands that a backbone must offer: train, generate, data, eval, demo. None of this version's does.
+"""Commands that a backbone must offer and none of this version's does: data and eval.
 
 They exist so that the error is about the backbone and not about an unknown command, and so that a typo in
 the backbone's name is noticed; they pretend nothing and exit with status 1.
@@ -7,26 +7,20 @@ the backbone's name is noticed; they pretend nothing and exit with status 1.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated
 
 import typer
 
-Backbone = Annotated[str | None, typer.Option("--backbone", help="Model family, e.g. sd15.", show_default=False)]
+from engram_cli.options import Backbone
 
-ABILITIES = {
-    "train": "train a concept",
-    "generate": "generate with adapters",
-    "data": "prepare training data",
-    "eval": "evaluate an adapter",
-    "demo": "run a demonstration",
-}
+ABILITIES = {"data": "prepare training data", "eval": "evaluate an adapter"}
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     for name, purpose in ABILITIES.items():
         help_text = f"Not available yet: no backbone of this version can {purpose}."
-        app.command(name, help=help_text)(_command(name, purpose))
+        epilog = f"Example: engram {name} --backbone sd15"
+        app.command(name, help=help_text, epilog=epilog)(_command(name, purpose))
 
 
 def _command(name: str, purpose: str) -> Callable[[str | None], None]:
@@ -38,8 +32,7 @@ def _command(name: str, purpose: str) -> Callable[[str | None], None]:
         who = f"backbone {backbone!r}" if backbone else "no installed backbone"
         able = "cannot" if backbone else "can"
         raise EngramError(
-            f"engram {name}: {who} {able} {purpose} in this version; "
-            "merge, extract, inspect, convert and doctor work (engram --help)"
+            f"engram {name}: {who} {able} {purpose} in this version; engram --help lists what else there is"
         )
 
     return command

@@ -43,7 +43,7 @@ def convert(
     """
     from typing import get_args
 
-    from engram_cli.messages import show_json, show_written
+    from engram_cli.messages import format_entries, show_json, show_written
     from engram_core import ConvertingBackbone, ConvertSettings, EngramError, Rule, load_backbone
 
     if rule is not None and rule not in get_args(Rule):
@@ -65,5 +65,4 @@ def convert(
     if as_json:
         show_json({"output": str(target), "identity": identity, "bytes": adapter.nbytes(), "entries": entries})
         return
-    counts = ", ".join(f"{count} entries in {stream}" for stream, count in entries.items())
-    show_written(target, counts, adapter.nbytes(), identity)
+    show_written(target, format_entries(entries), adapter.nbytes(), identity)

@@ -1,4 +1,4 @@
-"""Matching and residuals for PyTorch tensors; needs the `torch` extra, nothing else in engram_core imports it.
+"""Matching and residuals for PyTorch tensors.
 
 Shapes: B rows, L positions, d width, M matches, U distinct matched entries.
 Only matched rows leave the (memory-mapped) file and reach the device.

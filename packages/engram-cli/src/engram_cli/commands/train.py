@@ -1,0 +1,232 @@
+"""`engram train`: a concept from pictures or clips to an adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from engram_cli.options import AsJson, Assignments, Backbone, Config, Force, GroupedCommand
+from engram_cli.settings_files import parse_value
+
+_CONCEPT, _MEMORY, _STEPS, _DATA, _MODEL, _WATCH, _RUN = (
+    "The concept",
+    "Its memory",
+    "Optimisation",
+    "Training data",
+    "The frozen model",
+    "Validation, previews and states",
+    "Other options",
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(
+        cls=GroupedCommand,
+        epilog="Example: engram train --backbone sd15 --data pictures --trigger 'Aldric Vortex-9 CyberNebula' "
+        "-o aldric.safetensors",
+    )(train)
+
+
+def train(
+    ctx: typer.Context,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of pictures or clips with captions.", rich_help_panel=_CONCEPT)
+    ] = None,
+    trigger: Annotated[
+        str | None, typer.Option(help="Phrase that will recall the subject.", rich_help_panel=_CONCEPT)
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Adapter file to write.", rich_help_panel=_CONCEPT)
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(help="Name of the concept.", show_default="the trigger", rich_help_panel=_CONCEPT),
+    ] = None,
+    license: Annotated[  # noqa: A002 - named as the setting is
+        str | None, typer.Option(help="Licence of the concept, kept in the file.", rich_help_panel=_CONCEPT)
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Base model: hub id, folder or file, or `tiny`.", rich_help_panel=_MODEL),
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Number type of the frozen model: fp32, bf16 or fp16.", rich_help_panel=_MODEL)
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option(help="Spend time to save memory.", rich_help_panel=_MODEL)
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where to compute: auto, cpu, cuda or mps.", rich_help_panel=_MODEL)
+    ] = None,
+    insert_trigger: Annotated[
+        bool | None,
+        typer.Option(
+            help="Put the trigger in front of captions that lack it, instead of refusing them.",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    resolution: Annotated[
+        Any,
+        typer.Option(
+            parser=parse_value,
+            metavar="PIXELS",
+            help="Pixels a side; `none` is the model's own.",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    flip: Annotated[bool | None, typer.Option(help="Also learn from the mirror images.", rich_help_panel=_DATA)] = None,
+    crops: Annotated[
+        int | None, typer.Option(help="Random square crops of each picture; 1 is the centre.", rich_help_panel=_DATA)
+    ] = None,
+    rule: Annotated[
+        str | None,
+        typer.Option(
+            help="How vectors become residuals: absolute, absolute-tanh or relative.", rich_help_panel=_MEMORY
+        ),
+    ] = None,
+    overlap: Annotated[
+        str | None,
+        typer.Option(help="Entries that cover one token: sum or mean.", rich_help_panel=_MEMORY),
+    ] = None,
+    activation: Annotated[
+        str | None,
+        typer.Option(
+            help="What fires: the trigger as a whole (anchored), or every span of it (spans).", rich_help_panel=_MEMORY
+        ),
+    ] = None,
+    max_ngram: Annotated[
+        int | None, typer.Option(help="Longest span below the whole trigger.", rich_help_panel=_MEMORY)
+    ] = None,
+    allow_single_token: Annotated[
+        bool | None, typer.Option(help="Accept a trigger of one token.", rich_help_panel=_MEMORY)
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="How vectors are stored: f32, f16 or bf16.", rich_help_panel=_MEMORY)
+    ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WORDS", help="Words to begin from.", show_default="random vectors", rich_help_panel=_MEMORY
+        ),
+    ] = None,
+    init_std: Annotated[
+        float | None, typer.Option(help="Standard deviation of random vectors.", rich_help_panel=_MEMORY)
+    ] = None,
+    init_scale: Annotated[
+        float | None, typer.Option(help="First value of the scales.", rich_help_panel=_MEMORY)
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps in all.", rich_help_panel=_STEPS)] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Samples a step on one device.", rich_help_panel=_STEPS)
+    ] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Batches that make one step.", rich_help_panel=_STEPS)] = None,
+    vector_rate: Annotated[float | None, typer.Option(help="Learning rate of vectors.", rich_help_panel=_STEPS)] = None,
+    scale_rate: Annotated[float | None, typer.Option(help="Learning rate of scales.", rich_help_panel=_STEPS)] = None,
+    warm_up: Annotated[
+        int | None, typer.Option(help="Steps in which the rates rise from 0.", rich_help_panel=_STEPS)
+    ] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="What follows: linear, cosine or constant.", rich_help_panel=_STEPS)
+    ] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Weight decay of AdamW.", rich_help_panel=_STEPS)] = None,
+    max_grad_norm: Annotated[
+        Any,
+        typer.Option(
+            parser=parse_value,
+            metavar="NUMBER",
+            help="Gradients are scaled down to this norm; `none` leaves them.",
+            rich_help_panel=_STEPS,
+        ),
+    ] = None,
+    min_snr: Annotated[
+        Any,
+        typer.Option(
+            parser=parse_value,
+            metavar="NUMBER",
+            help="Gamma of min-SNR weighting, usually 5; `none` weights all times alike.",
+            rich_help_panel=_STEPS,
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.", rich_help_panel=_STEPS)] = None,
+    validation_data: Annotated[
+        Path | None,
+        typer.Option(help="Folder to measure the loss on.", show_default="the training data", rich_help_panel=_WATCH),
+    ] = None,
+    validate_every: Annotated[
+        int | None, typer.Option(help="Steps between validations; 0 never validates.", rich_help_panel=_WATCH)
+    ] = None,
+    validation_draws: Annotated[
+        int | None, typer.Option(help="Noises and times for each validation sample.", rich_help_panel=_WATCH)
+    ] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(help="Which vectors to write: of the best validation, or the last.", rich_help_panel=_WATCH),
+    ] = None,
+    preview_every: Annotated[
+        int | None, typer.Option(help="Steps between previews; 0 makes none.", rich_help_panel=_WATCH)
+    ] = None,
+    preview_prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--preview-prompt", help="What to preview. Repeatable.", show_default="the trigger", rich_help_panel=_WATCH
+        ),
+    ] = None,
+    save_every: Annotated[int | None, typer.Option(help="Steps between saved states.", rich_help_panel=_WATCH)] = None,
+    tracker: Annotated[
+        str | None, typer.Option(help="Also report to tensorboard or wandb; `none` does not.", rich_help_panel=_WATCH)
+    ] = None,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for state, metrics and previews.", show_default="the output with .run", rich_help_panel=_WATCH
+        ),
+    ] = None,
+    backbone: Backbone = None,
+    assignments: Assignments = None,
+    config: Config = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a concept and write its adapter.
+
+    What is not given here comes from the file, then from the backbone's defaults. What is still missing is asked for.
+    """
+    arguments = dict(locals())
+    from engram_cli.choices import Choices
+    from engram_cli.endings import Interrupted
+    from engram_cli.messages import format_duration, format_entries, printable, show, show_json, show_written
+    from engram_cli.watchers import watching
+
+    choices = Choices(ctx, arguments)
+    family = choices.backbone()
+    settings = choices.settings(family)
+    try:
+        with watching(as_json=as_json) as watcher:
+            report = family.train(settings, resume=resume, overwrite=force, watcher=watcher)
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted; go on with: {choices.command_line(resume=True, force=False)}") from None
+    if as_json:
+        show_json(
+            {
+                "output": str(report.output),
+                "identity": report.identity,
+                "bytes": report.n_bytes,
+                "entries": dict(report.entries),
+                "steps": report.steps,
+                "kept_step": report.kept_step,
+                "loss": report.loss,
+                "run_dir": str(report.run_dir),
+                "seconds": report.seconds,
+            }
+        )
+        return
+    show_written(report.output, format_entries(report.entries), report.n_bytes, report.identity)
+    show(
+        f"kept step {report.kept_step} of {report.steps}, loss {report.loss:.4g}; "
+        f"took {format_duration(report.seconds)}"
+    )
+    show(printable(f"run folder {report.run_dir}"))

@@ -1,0 +1,144 @@
+"""A concept while it is trained: vectors and scales that learn, everything else frozen.
+
+The arithmetic is the residual's own, so what training sees is what generation does.
+Shapes: B rows, L positions, d width, K entries, P trainable vectors (variants share them), U matched entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from engram_core.adapter import Adapter
+from engram_core.concept import Concept, ConceptRecord, ConceptStream
+from engram_core.errors import InputError
+from engram_core.manifest import Manifest, StreamSpec
+from engram_core.matcher import Matcher
+from engram_core.registry import Registry
+from engram_core.residual import Editor
+from engram_core.torch.residual import add_terms, entry_terms, match_tensor, mean_norm
+
+__all__ = ["TrainableConcept", "TrainableStream"]
+
+
+class TrainableStream(nn.Module):
+    """A concept's memory in one stream.
+
+    Attributes:
+        vectors: parameter float32 [P, d].
+        scales: parameter float32 [d].
+        visited: bool [P] on the host, true for vectors that some call of this module used.
+    """
+
+    def __init__(self, record: ConceptRecord, registry: Registry, spec: StreamSpec, vectors: Tensor, scales: Tensor):
+        """Begin with some values.
+
+        Args:
+            record: rule, overlap and activation count.
+            registry: of the trigger in this stream.
+            spec: width, site and tokenizer of the stream.
+            vectors: float [P, d].
+            scales: float [d].
+
+        Raises:
+            InputError: shapes that do not fit the registry and the width.
+        """
+        super().__init__()
+        expected = (registry.n_slots, spec.width)
+        if tuple(vectors.shape) != expected or tuple(scales.shape) != (spec.width,):
+            raise InputError(
+                f"vectors {list(vectors.shape)} and scales {list(scales.shape)} do not fit {expected[0]} vectors "
+                f"of width {expected[1]}"
+            )
+        self.vectors = nn.Parameter(vectors.detach().float().clone())
+        self.scales = nn.Parameter(scales.detach().float().clone())
+        self.visited = torch.zeros(registry.n_slots, dtype=torch.bool)
+        self.registry = registry
+        # Matching and the order of additions come from an adapter with the same addresses; its zeros are not used.
+        blank = ConceptStream(
+            triggers=tuple(variant.ids for variant in registry.variants),
+            entries=registry.entries,
+            vectors=np.zeros((len(registry.entries), spec.width), np.float32),
+            scales=np.zeros(spec.width, np.float32),
+        )
+        manifest = Manifest(backbone="training", base_model="training", streams={"stream": spec})
+        adapter = Adapter.build(manifest, [Concept(record=replace(record, training={}), streams={"stream": blank})])
+        self._matcher = Matcher(adapter, "stream")
+        self._editor = Editor(adapter, "stream")
+        self._slots = torch.tensor(registry.slots)
+
+    def forward(self, hidden: Tensor, ids: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Return the edited states; differentiable in vectors and scales.
+
+        Args:
+            hidden: frozen states [B, L, d], any float type.
+            ids: the token ids of the same positions, integers [B, L].
+            lengths: integers [B], positions the generator reads, for the relative rule; None means all.
+        """
+        edit = self._editor.prepare(hidden.shape, match_tensor(self._matcher, ids), 1.0)
+        if edit is None:
+            return hidden
+        slots = self._slots[torch.from_numpy(edit.entries)]
+        self.visited[slots] = True
+        device = self.vectors.device
+        terms = entry_terms(self.vectors[slots.to(device)], self.scales.expand(len(slots), -1), edit.rules)
+        terms = terms[torch.from_numpy(edit.which).to(device)]
+        if edit.relative.any():
+            rho = mean_norm(hidden, lengths).to(device)
+            terms = terms * rho[torch.from_numpy(edit.matches.row).to(device)][:, None]
+        return add_terms(hidden, edit, terms)
+
+    @torch.no_grad()
+    def snapshot(self) -> ConceptStream:
+        """Return the present memory without the variants that no call ever used.
+
+        Raises:
+            InputError: no variant was used in full.
+        """
+        registry, slots = self.registry.keep_trained(self.visited.tolist())
+        return ConceptStream(
+            triggers=tuple(variant.ids for variant in registry.variants),
+            entries=registry.entries,
+            vectors=self.vectors.detach().cpu()[slots].numpy(),
+            scales=self.scales.detach().cpu().numpy().copy(),
+        )
+
+
+class TrainableConcept(nn.Module):
+    """A concept in training: its streams by name."""
+
+    streams: nn.ModuleDict
+
+    def __init__(self, record: ConceptRecord, streams: Mapping[str, TrainableStream]):
+        """Put the streams of a concept together."""
+        super().__init__()
+        self.record = record
+        self.streams = nn.ModuleDict(streams)
+
+    def forward(self, states: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """Return the edited states of each stream.
+
+        Args:
+            states: stream to frozen states [B, L, d] and token ids [B, L].
+        """
+        return {name: self.streams[name](hidden, ids) for name, (hidden, ids) in states.items()}
+
+    def stream(self, name: str) -> TrainableStream:
+        """Return one stream's memory."""
+        stream = self.streams[name]
+        if not isinstance(stream, TrainableStream):
+            raise TypeError(f"stream {name!r} is a {type(stream).__name__}")
+        return stream
+
+    def snapshot(self, record: ConceptRecord | None = None) -> Concept:
+        """Return the present memory as a concept, under another record if one is given.
+
+        Raises:
+            InputError: some stream was never used.
+        """
+        streams = {name: self.stream(name).snapshot() for name in self.streams}
+        return Concept(record=record or self.record, streams=streams)

@@ -1,0 +1,260 @@
+"""The demo's page: what it shows, and the one HTML file that shows it; importing this imports no torch."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+
+from jinja2 import Environment, StrictUndefined
+from PIL import Image
+
+from engram_core import InputError
+from engram_vision.demo.curve import Curve, plot_curve
+
+__all__ = [
+    "Character",
+    "Curve",
+    "Figure",
+    "Page",
+    "Picture",
+    "Reference",
+    "Row",
+    "Section",
+    "Token",
+    "render_page",
+]
+
+# The template has as many colours for concepts; the numbers beside them go on counting.
+_COLORS = 8
+# Smaller pictures are shown enlarged, with their pixels as they are; larger ones are scaled down smoothly.
+_PIXEL_ART = 128
+_SHORT_IDENTITY = 12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """One number that the demo is judged by.
+
+    Attributes:
+        label: what was counted or measured.
+        value: the result, as text.
+        bar: what it has to be, e.g. `at least 0.80`; empty when nothing is asked of it.
+        met: whether it is; None when nothing is asked.
+        explanation: what the number means, in a sentence.
+    """
+
+    label: str
+    value: str
+    bar: str = ""
+    met: bool | None = None
+    explanation: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reference:
+    """A picture that a character was learned from.
+
+    Attributes:
+        image: the picture.
+        caption: the caption it was learned with.
+    """
+
+    image: Image.Image
+    caption: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Character:
+    """One character that was learned.
+
+    Attributes:
+        name: the concept's name, as `Token.concept` gives it.
+        trigger: the phrase that recalls it; None means the name.
+        references: what it was learned from.
+        curve: how the loss went.
+        seconds: how long training took.
+        n_bytes: size of the adapter file.
+        identity: SHA-256 of the adapter file, in hexadecimal.
+        entries: how many vectors the file holds.
+    """
+
+    name: str
+    trigger: str | None = None
+    references: tuple[Reference, ...]
+    curve: Curve
+    seconds: float
+    n_bytes: int
+    identity: str
+    entries: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Token:
+    """One token of a prompt.
+
+    Attributes:
+        text: what it stands for.
+        concept: the concept that fires there; None when none does.
+    """
+
+    text: str
+    concept: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picture:
+    """A picture that was drawn.
+
+    Attributes:
+        image: the picture.
+        verdict: what a judge saw in it; None when none was asked.
+        good: whether that is as it should be; None when nothing is asked.
+        identical: for controls: whether it has the same bytes as the base model's; None otherwise.
+    """
+
+    image: Image.Image
+    verdict: str | None = None
+    good: bool | None = None
+    identical: bool | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """The pictures of one prompt and seed.
+
+    Attributes:
+        prompt: what was asked for.
+        tokens: the prompt as the model reads it; empty shows none.
+        seed: of the first noise.
+        pictures: one for each column of the section.
+        note: a remark on this row.
+    """
+
+    prompt: str
+    tokens: tuple[Token, ...] = ()
+    seed: int
+    pictures: tuple[Picture, ...]
+    note: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """A table of pictures.
+
+    Attributes:
+        title: its heading.
+        text: what to look at; an empty line begins a new paragraph.
+        columns: what the pictures were drawn with, e.g. `base`, `engram`, `merged`.
+        rows: the pictures; none shows the text alone.
+    """
+
+    title: str
+    text: str
+    columns: tuple[str, ...] = ()
+    rows: tuple[Row, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse rows that do not fill the columns."""
+        for row in self.rows:
+            if len(row.pictures) != len(self.columns):
+                raise InputError(
+                    f"section {self.title!r}: the row of {row.prompt!r} has {len(row.pictures)} pictures for "
+                    f"{len(self.columns)} columns; give one for each"
+                )
+
+    @property
+    def concepts(self) -> tuple[str, ...]:
+        """The concepts that fire somewhere in the section, in the order they are met."""
+        fired = (token.concept for row in self.rows for token in row.tokens)
+        return tuple(dict.fromkeys(concept for concept in fired if concept is not None))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Page:
+    """Everything on the demo's page.
+
+    Attributes:
+        title: the heading.
+        lead: one or two sentences below it.
+        passed: whether the demo shows what it should.
+        failures: what it does not, a sentence each.
+        figures: the numbers it is judged by.
+        characters: what was learned.
+        sections: the pictures that were drawn.
+        facts: where and how it ran, by name.
+        commands: the lines that do the same by hand.
+    """
+
+    title: str
+    lead: str
+    passed: bool
+    failures: tuple[str, ...] = ()
+    figures: tuple[Figure, ...] = ()
+    characters: tuple[Character, ...] = ()
+    sections: tuple[Section, ...] = ()
+    facts: Mapping[str, str] = field(default_factory=dict)
+    commands: tuple[str, ...] = ()
+
+
+def render_page(page: Page) -> str:
+    """Return the page as one HTML document that loads nothing from anywhere and runs no script.
+
+    Pictures are PNG inside it, each concept has one colour throughout, and all text is escaped.
+
+    Args:
+        page: what to show.
+    """
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {
+        "address": _write_address,
+        "duration": _write_duration,
+        "group": _group_tokens,
+        "paragraphs": _split_paragraphs,
+        "plot": plot_curve,
+        "short": lambda identity: identity[:_SHORT_IDENTITY],
+    }
+    source = resources.files("engram_vision.demo").joinpath("page.html.j2").read_text(encoding="utf-8")
+    return environment.from_string(source).render(
+        page=page,
+        numbers=_number_concepts(page),
+        colors=_COLORS,
+        pixel_art=_PIXEL_ART,
+    )
+
+
+def _number_concepts(page: Page) -> dict[str, int]:
+    """Return a number from 0 for each concept: the characters in their order, then whatever else fires."""
+    names = [character.name for character in page.characters]
+    names += [concept for section in page.sections for concept in section.concepts]
+    return {name: number for number, name in enumerate(dict.fromkeys(names))}
+
+
+def _group_tokens(tokens: Iterable[Token]) -> list[tuple[str | None, list[str]]]:
+    """Return the tokens' texts in runs that one concept fires at, or none does."""
+    groups: list[tuple[str | None, list[str]]] = []
+    for token in tokens:
+        if not groups or groups[-1][0] != token.concept:
+            groups.append((token.concept, []))
+        groups[-1][1].append(token.text)
+    return groups
+
+
+def _split_paragraphs(text: str) -> list[str]:
+    return [part.strip() for part in text.split("\n\n") if part.strip()]
+
+
+def _write_address(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    shown = image if image.mode in ("L", "RGB", "RGBA") else image.convert("RGBA")
+    shown.save(buffer, format="PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
+def _write_duration(seconds: float) -> str:
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,0 +1,85 @@
+"""Drawing pictures with a pipeline: the one path that `generate`, previews and the demo share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from engram_core import Adapter, PromptAudit
+from engram_vision.loading import pipeline_tokenizers
+
+__all__ = ["Drawing", "draw", "find_silent"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawing:
+    """One picture to draw.
+
+    Attributes:
+        prompt: what to draw.
+        seed: of the first noise.
+    """
+
+    prompt: str
+    seed: int
+
+
+def draw(
+    pipeline: Any,
+    drawings: Sequence[Drawing],
+    *,
+    steps: int,
+    guidance: float,
+    negative: str = "",
+    width: int | None = None,
+    height: int | None = None,
+    batch_size: int = 4,
+    advance: Callable[[int], None] | None = None,
+) -> list[Image.Image]:
+    """Return a picture for each drawing, with whatever is loaded into the pipeline.
+
+    A picture depends on its prompt and seed. To compare two sets of pictures byte by byte, draw them in the same
+    batches: matrix products of another shape may round differently.
+
+    Args:
+        pipeline: a Stable Diffusion pipeline on its device.
+        drawings: what to draw.
+        steps: denoising steps.
+        guidance: classifier-free guidance scale.
+        negative: negative prompt.
+        width: pixels; None means the model's own.
+        height: pixels, likewise.
+        batch_size: pictures drawn at once.
+        advance: called with the number of pictures that are done.
+    """
+    images: list[Image.Image] = []
+    for first in range(0, len(drawings), batch_size):
+        batch = drawings[first : first + batch_size]
+        # The noise comes from the CPU, so that a seed means the same picture on every device.
+        generators = [torch.Generator("cpu").manual_seed(drawing.seed) for drawing in batch]
+        images += pipeline(
+            [drawing.prompt for drawing in batch],
+            negative_prompt=[negative] * len(batch),
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            width=width,
+            height=height,
+            generator=generators,
+        ).images
+        if advance is not None:
+            advance(len(images))
+    return images
+
+
+def find_silent(pipeline: Any, adapter: Adapter, prompts: Sequence[str]) -> list[str]:
+    """Return a sentence for each trigger that stands in a prompt as text but does not fire, and why."""
+    audit = PromptAudit(adapter, pipeline_tokenizers(pipeline))
+    return [
+        f"{silent.concept!r} stands in {prompt!r} but does not fire in {silent.stream}: {silent.reason}"
+        for prompt in dict.fromkeys(prompts)
+        for silent in audit.examine(prompt).silent
+    ]

@@ -1,0 +1,339 @@
+"""The training loop: one pass through the frozen denoiser a step, gradients for vectors and scales alone."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from engram_core import InputError, TargetExistsError, TrainingError, TrainReport, Watcher
+from engram_core.container import open_target, write_all
+from engram_core.settings import dump_settings
+from engram_vision.drawing import Drawing, draw
+from engram_vision.loading import load_engram, unload_engrams
+from engram_vision.models import pick_device
+from engram_vision.settings import TrainSettings
+from engram_vision.training.batches import Batch, draw_batch, fixed_batches
+from engram_vision.training.diffusion import Diffusion
+from engram_vision.training.frozen import FrozenData
+from engram_vision.training.interrupt import DeferredInterrupt
+from engram_vision.training.metrics import MetricsFile
+from engram_vision.training.preparation import BACKBONE, STREAM, prepare, read_data
+from engram_vision.training.schedule import rate_factor
+from engram_vision.training.state import Progress, load_state, restore_optimizer, save_state
+
+__all__ = ["METRICS", "PREVIEWS", "SETTINGS", "STATE", "train"]
+
+STATE = "state.safetensors"
+METRICS = "metrics.jsonl"
+SETTINGS = "settings.toml"
+PREVIEWS = "previews"
+
+_LOG_EVERY = 10
+_PREVIEW_STEPS, _PREVIEW_GUIDANCE = 25, 5.0
+
+
+def train(
+    settings: TrainSettings, *, resume: bool = False, overwrite: bool = False, watcher: Watcher | None = None
+) -> TrainReport:
+    """Train one concept for a Stable Diffusion 1.x model and write its adapter.
+
+    Args:
+        settings: what to do.
+        resume: go on with an interrupted run; on the CPU the adapter is bit for bit that of an uninterrupted one.
+        overwrite: replace the adapter file, and begin anew in a run folder that is in use.
+        watcher: hears how it goes.
+
+    Raises:
+        InputError: pictures, captions, model or settings cannot be used.
+        TriggerError: the trigger cannot be registered.
+        TargetExistsError: the output or a run exists, and neither `resume` nor `overwrite` was asked for.
+        TrainingError: the loss became NaN or infinite; the last good state is kept.
+        KeyboardInterrupt: after the state was saved.
+    """
+    run = _Run(settings, watcher or Watcher(), resume=resume, overwrite=overwrite)
+    return run.train()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Best:
+    step: int
+    loss: float
+    values: Mapping[str, Tensor]
+
+
+class _Run:
+    """One call of `train`."""
+
+    def __init__(self, settings: TrainSettings, watcher: Watcher, *, resume: bool, overwrite: bool) -> None:
+        self.started = time.monotonic()
+        self.settings, self.watcher = settings, watcher
+        self.folder = settings.run_dir or settings.output.with_suffix(".run")
+        _check_targets(settings, self.folder, resume=resume, overwrite=overwrite)
+        device = pick_device(settings.device, settings.precision)
+        data, unseen = read_data(settings, watcher)
+        self.accelerator = Accelerator(
+            cpu=device.type == "cpu",
+            log_with=None if settings.tracker == "none" else settings.tracker,
+            project_dir=self.folder,
+        )
+        self.device = self.accelerator.device
+        self.prepared = prepare(settings, data, unseen, self.device, watcher)
+        self.pipeline, self.stream = self.prepared.pipeline, self.prepared.stream
+        self._free_encoders()
+        self.diffusion = Diffusion(self.pipeline.unet, self.pipeline.scheduler, min_snr=settings.min_snr)
+        if settings.gradient_checkpointing:
+            self.pipeline.unet.enable_gradient_checkpointing()
+            self.pipeline.unet.train()  # checkpointing is off in evaluation; the U-Net has no dropout
+        groups = [
+            {"params": [self.stream.vectors], "peak": settings.vector_rate},
+            {"params": [self.stream.scales], "peak": settings.scale_rate},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
+        self.model = self.accelerator.prepare(self.prepared.concept)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
+        self.identity = self.prepared.describe(settings)
+        self.first, self.best = 0, _Best(0, math.inf, {})
+        if resume:
+            self._resume()
+
+    def train(self) -> TrainReport:
+        """Do the steps that are left and write the adapter."""
+        settings, main = self.settings, self.accelerator.is_main_process
+        if main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            values = {"train": {"backbone": BACKBONE, **dump_settings(settings)}}
+            with open_target(self.folder / SETTINGS, overwrite=True) as file:
+                write_all(file, memoryview(tomli_w.dumps(values).encode()))
+            metrics = MetricsFile(self.folder / METRICS, after_step=self.first)
+        if settings.tracker != "none":
+            self.accelerator.init_trackers("engram", config=_flat(dump_settings(settings)))
+        checks: Sequence[Batch] = ()
+        if settings.validate_every:
+            checks = fixed_batches(
+                self.prepared.unseen,
+                self.diffusion,
+                draws=settings.validation_draws,
+                size=settings.batch_size,
+                seed=settings.seed,
+            )
+        self.watcher.begin("training", settings.steps, self.first)
+        losses: list[Tensor] = []
+        mean, begun = math.nan, time.monotonic()
+        with DeferredInterrupt() as interrupt:
+            for done in range(self.first + 1, settings.steps + 1):
+                losses.append(self._step(done - 1))
+                last = done == settings.steps
+                validates = bool(checks) and (last or done % settings.validate_every == 0)
+                saves = last or interrupt.requested or done % settings.save_every == 0
+                figures: dict[str, float] = {}
+                if saves or validates or done % _LOG_EVERY == 0:
+                    mean = figures["loss"] = self._mean_loss(losses, done)
+                    losses = []
+                    figures["rate"] = self.optimizer.param_groups[0]["lr"]
+                    if validates:
+                        figures["validation_loss"] = self._validate(checks, done)
+                    figures["steps_per_second"] = (done - self.first) / (time.monotonic() - begun)
+                    figures["memory_mb"] = _memory_mb(self.device)
+                    if main:
+                        metrics.write(done, figures)
+                    self.accelerator.log(figures, step=done)
+                self.watcher.advance(done, figures)
+                if saves and main:
+                    self._save(done)
+                if interrupt.requested:
+                    raise KeyboardInterrupt
+                if main and settings.preview_every and done % settings.preview_every == 0:
+                    self._preview(done)
+        self.accelerator.end_training()
+        self.watcher.end()
+        return self._finish(mean)
+
+    def _step(self, step: int) -> Tensor:
+        """Do one optimizer step and return its mean loss, on the device."""
+        settings, accelerator = self.settings, self.accelerator
+        factor = rate_factor(step, steps=settings.steps, warm_up=settings.warm_up, schedule=settings.schedule)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        total = torch.zeros((), device=self.device)
+        for part in range(settings.accumulate):
+            batch = draw_batch(
+                self.prepared.data,
+                self.diffusion,
+                size=settings.batch_size * accelerator.num_processes,
+                number=step * settings.accumulate + part,
+                seed=settings.seed,
+            ).part(accelerator.process_index * settings.batch_size, settings.batch_size)
+            waits = part + 1 < settings.accumulate
+            with accelerator.no_sync(self.model) if waits else contextlib.nullcontext():
+                loss = self._losses(batch, self.prepared.data).mean() / settings.accumulate
+                accelerator.backward(self.scaler.scale(loss))
+            total += loss.detach()
+        self.scaler.unscale_(self.optimizer)
+        if settings.max_grad_norm is not None:
+            for parameter in (self.stream.vectors, self.stream.scales):
+                torch.nn.utils.clip_grad_norm_(parameter, settings.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return total
+
+    def _losses(self, batch: Batch, data: FrozenData) -> Tensor:
+        texts = data.texts[STREAM]
+        hidden = texts.states[batch.texts].to(self.device)
+        states = self.model({STREAM: (hidden, texts.ids[batch.texts])})[STREAM]
+        latents, noise, times = (part.to(self.device) for part in (batch.latents, batch.noise, batch.times))
+        return self.diffusion.losses(latents, noise, times, states)
+
+    @torch.no_grad()
+    def _validate(self, batches: Sequence[Batch], step: int) -> float:
+        """Return the loss on the fixed batches, and remember the values if it is the lowest so far."""
+        visited = self.stream.visited.clone()  # looking is not learning
+        losses = torch.cat([self._losses(batch, self.prepared.unseen) for batch in batches])
+        self.stream.visited = visited
+        loss = float(losses.mean())
+        if loss < self.best.loss:
+            self.best = _Best(step, loss, self._values())
+        return loss
+
+    def _mean_loss(self, losses: Sequence[Tensor], step: int) -> float:
+        """Return the mean of some steps' losses over all processes.
+
+        Raises:
+            TrainingError: it is not finite, or the vectors are not.
+        """
+        mean = float(self.accelerator.gather(torch.stack(list(losses)).mean()).float().mean())
+        finite = all(bool(value.isfinite().all()) for value in self._values().values())
+        if not (math.isfinite(mean) and finite):
+            state = self.folder / STATE
+            kept = f"{state} keeps the last good state" if state.is_file() else "no state was saved before"
+            raise TrainingError(
+                f"step {step}: the loss is {mean:g}{'' if finite else ' and the vectors are not finite'}; {kept}; "
+                f"lower vector_rate ({self.settings.vector_rate:g}), or use precision fp32"
+            )
+        return mean
+
+    def _values(self) -> dict[str, Tensor]:
+        return {name: value.detach().cpu().clone() for name, value in self.prepared.concept.state_dict().items()}
+
+    def _save(self, step: int) -> None:
+        save_state(
+            self.folder / STATE,
+            Progress(step=step, best_step=self.best.step, best_loss=self.best.loss, run=self.identity),
+            self._values(),
+            self.best.values,
+            {STREAM: self.stream.visited},
+            self.optimizer,
+        )
+
+    def _resume(self) -> None:
+        progress, groups = load_state(self.folder / STATE)
+        for name, value in self.identity.items():
+            if progress.run.get(name) != value:
+                raise InputError(
+                    f"{self.folder / STATE}: the run was begun with another {name} "
+                    f"({progress.run.get(name)}, now {value}); use {self.folder / SETTINGS}, or begin anew with --force"
+                )
+        self.prepared.concept.load_state_dict(groups["model"])
+        self.stream.visited = groups["visited"][STREAM]
+        restore_optimizer(self.optimizer, groups["optimizer"])
+        self.first = progress.step
+        self.best = _Best(progress.best_step, progress.best_loss, groups["best"])
+
+    def _preview(self, step: int) -> None:
+        """Draw with the present vectors, by the code that generation uses."""
+        prompts = self.settings.preview_prompts or (self.settings.trigger,)
+        folder = self.folder / PREVIEWS
+        folder.mkdir(exist_ok=True)
+        for module in (self.pipeline.vae, self.pipeline.text_encoder):
+            module.to(self.device)
+        load_engram(self.pipeline, self.prepared.adapter(self.settings, step), name="preview")
+        try:
+            images = draw(
+                self.pipeline,
+                [Drawing(prompt=prompt, seed=self.settings.seed) for prompt in prompts],
+                steps=_PREVIEW_STEPS,
+                guidance=_PREVIEW_GUIDANCE,
+            )
+        finally:
+            unload_engrams(self.pipeline, "preview")
+        for number, image in enumerate(images):
+            image.save(folder / f"step-{step:06d}-{number}.png")
+        self._free_encoders()
+
+    def _free_encoders(self) -> None:
+        """Take what the steps do not need off the device, and out of memory where no preview needs it."""
+        if self.settings.preview_every:
+            self.pipeline.vae.to("cpu")
+            self.pipeline.text_encoder.to("cpu")
+        else:
+            self.pipeline.vae = self.pipeline.text_encoder = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _finish(self, mean: float) -> TrainReport:
+        settings = self.settings
+        step, loss = settings.steps, mean
+        if settings.keep == "best" and self.best.values:
+            step, loss = self.best.step, self.best.loss
+            self.prepared.concept.load_state_dict(dict(self.best.values))
+        if self.accelerator.num_processes > 1:  # every process showed other captions
+            seen = self.accelerator.reduce(self.stream.visited.float().to(self.device), "sum")
+            self.stream.visited = seen.cpu() > 0
+        adapter = self.prepared.adapter(settings, step)
+        if self.accelerator.is_main_process:
+            # Whether it may be replaced was asked before anything was done.
+            adapter.save(settings.output, overwrite=True)
+        return TrainReport(
+            output=settings.output,
+            run_dir=self.folder,
+            identity=adapter.identity(),
+            n_bytes=adapter.nbytes(),
+            steps=settings.steps,
+            kept_step=step,
+            loss=loss,
+            seconds=time.monotonic() - self.started,
+            entries={name: len(table.concept) for name, table in adapter.streams.items()},
+        )
+
+
+def _check_targets(settings: TrainSettings, folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse early what would fail or overwrite at the end."""
+    output, state = settings.output, folder / STATE
+    if not output.parent.is_dir():
+        raise InputError(f"{output}: there is no folder {output.parent}; create it first")
+    if resume:
+        return
+    if overwrite:
+        state.unlink(missing_ok=True)
+    elif output.exists():
+        raise TargetExistsError(f"{output}: exists; pass --force to replace it, or another --output")
+    elif state.exists():
+        raise TargetExistsError(f"{folder}: holds an interrupted run; pass --resume to go on, or --force to begin anew")
+
+
+def _memory_mb(device: torch.device) -> float:
+    """Return the peak memory of this process on the device, in megabytes; 0 where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    if sys.platform == "win32":
+        return 0.0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak / 1e3
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings as trackers take them."""
+    return {name: ", ".join(value) if isinstance(value, list) else value for name, value in values.items()}
