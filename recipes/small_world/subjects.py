@@ -96,13 +96,12 @@ def draw_emoji(word: str) -> Image.Image:
 
 @cache
 def _emoji(character: str) -> Image.Image:
+    if not FONT.exists():
+        raise FileNotFoundError(f"{FONT}: is missing; install Debian's fonts-noto-color-emoji, which this recipe draws")
     font = ImageFont.truetype(str(FONT), FONT_SIZE)
     sheet = Image.new("RGBA", (256, 256), (0, 0, 0, 0))
     ImageDraw.Draw(sheet).text((40, 40), character, font=font, embedded_color=True)
-    box = sheet.getbbox()
-    if box is None:
-        raise FileNotFoundError(f"{FONT}: draws nothing for {character!r}; install fonts-noto-color-emoji")
-    glyph = sheet.crop(box)
+    glyph = sheet.crop(sheet.getbbox())
     factor = (SPRITE - 8) / max(glyph.size)
     glyph = glyph.resize((round(glyph.width * factor), round(glyph.height * factor)), Image.Resampling.LANCZOS)
     sprite = Image.new("RGBA", (SPRITE, SPRITE), (0, 0, 0, 0))

@@ -65,8 +65,15 @@ def test_adapters_may_stand_in_the_file(engram, toy, world, adapter):
     (world.folder / "engram.toml").write_text(f"[generate]\nadapters = ['{adapter}']\nprompts = 'a'\n")
     assert engram("generate").status == 0
     assert toy.calls[0][0].adapters == (adapter,)
-    assert engram("generate", "--set", "strengths=['2']", *PROMPT).status == 0
+    assert engram("generate", "--set", f"adapters=['{adapter}']", "--set", "strengths=['2']", *PROMPT).status == 0
     assert toy.calls[1][0].strengths == ("2",)
+
+
+def test_texts_that_look_like_numbers_are_texts(engram, toy, world, adapter):
+    (world.folder / adapter).rename(world.folder / "3")
+    assert engram("generate", "--set", "adapters=3", "--set", "model=1984", *PROMPT).status == 0
+    assert toy.calls[0][0].adapters == ("3",)
+    assert toy.models == ["1984"]
 
 
 def test_an_at_sign_may_be_part_of_a_files_name(engram, toy, world, adapter):
@@ -119,12 +126,15 @@ def test_a_backbone_that_cannot_generate_says_so(engram, toy):
         ((), "there is no prompt; give --prompt or --prompts-file"),
         ((*PROMPT, "--seed", "x"), "--seed"),
         ((*PROMPT, "--width", "wide"), "command line: width is 'wide', expected a whole number or 'none'"),
+        ((*PROMPT, "--set", "model=3", "--set", "seeds=[1, 'x']"), "--set: seeds is [1, 'x'], expected a list"),
         ((*PROMPT, "--steps", "3"), "command line: there is no setting 'steps'"),
         ((*PROMPT, "--config", "gen.toml"), "gen.toml: has no table [generate]"),
+        ((*PROMPT, "--config", "bad.toml"), "bad.toml: adapters is 3, expected a list, each item a text"),
     ],
 )
 def test_wrong_usage(engram, toy, world, words, told):
     (world.folder / "gen.toml").write_text("guidance = 2.0\n")
+    (world.folder / "bad.toml").write_text("[generate]\nadapters = 3\n")
     done = engram("generate", "--backbone", "toy", *words)
     assert done.status == 2
     assert told in done.err

@@ -2,10 +2,12 @@
 
 import os
 import re
+import select
 import shlex
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -304,15 +306,24 @@ def talk(world, site, words, answers):
         preexec_fn=lambda: fcntl.ioctl(other, termios.TIOCSCTTY, 0),  # so that Ctrl-C reaches it
     )
     os.close(other)
-    shown, left = "", list(answers)
-    while True:
+    shown, left, last = "", list(answers), b""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if not select.select([main], [], [], 1)[0]:
+            # Python misses a Ctrl-C that comes just before it begins to wait; people press it again.
+            if last == b"\x03":
+                os.write(main, last)
+            continue
         try:
             shown += os.read(main, 4096).decode()
         except OSError:  # the other side is closed
             break
         if left and shown.endswith(": "):
             answer = left.pop(0)
-            os.write(main, answer.encode() if answer == "\x03" else f"{answer}\n".encode())
+            last = answer.encode() if answer == "\x03" else f"{answer}\n".encode()
+            os.write(main, last)
+    else:
+        process.kill()
     os.close(main)
     return SimpleNamespace(status=process.wait(timeout=20), out=shown.replace("\r\n", "\n"))
 

@@ -29,9 +29,11 @@ Ints = npt.NDArray[np.int64]
 _PIECE = 1 << 22  # values written at a time
 
 
-def manifest(widths: Mapping[str, int]) -> Manifest:
+CLIP = TokenizerSpec(class_name="CLIPTokenizer", vocab_size=VOCABULARY, fingerprint="0" * 64)
+
+
+def manifest(widths: Mapping[str, int], tokenizer: TokenizerSpec = CLIP) -> Manifest:
     """Return a manifest with streams of these widths."""
-    tokenizer = TokenizerSpec(class_name="CLIPTokenizer", vocab_size=VOCABULARY, fingerprint="0" * 64)
     streams = {
         name: StreamSpec(width=width, site="last_hidden_state", tokenizer=tokenizer) for name, width in widths.items()
     }
@@ -59,16 +61,35 @@ def concept_name(index: int) -> str:
     return f"concept {index:07d}"
 
 
-def write_table(target: BinaryIO, n_concepts: int, widths: Mapping[str, int], activation: str = "anchored") -> None:
-    """Write an adapter with many concepts without building each: the same triggers in every stream."""
-    triggers = draw_triggers(n_concepts)
+def write_table(
+    target: BinaryIO,
+    n_concepts: int,
+    widths: Mapping[str, int],
+    activation: str = "anchored",
+    *,
+    rule: str = "relative",
+    triggers: npt.NDArray[np.int32] | None = None,
+    tokenizer: TokenizerSpec = CLIP,
+) -> None:
+    """Write an adapter with many concepts without building each: the same triggers in every stream.
+
+    Args:
+        target: where to write.
+        n_concepts: C.
+        widths: stream to d.
+        activation: of all concepts.
+        rule: of all concepts.
+        triggers: int32 [C, 7], no two alike; None draws them.
+        tokenizer: whose ids they are.
+    """
+    triggers = draw_triggers(n_concepts) if triggers is None else triggers
     ids = np.concatenate([entries.reshape(n_concepts, -1) for _, entries in cut_entries(triggers)], axis=1)
     lengths = [n for n in range(2, TRIGGER + 1) for _ in range(TRIGGER + 1 - n)]
     records = [
         ConceptRecord(
             name=concept_name(index),
             trigger=f"trigger {index}",
-            rule="relative",
+            rule=rule,  # type: ignore[arg-type]
             activation=activation,  # type: ignore[arg-type]
         ).to_bytes()
         for index in range(n_concepts)
@@ -92,7 +113,7 @@ def write_table(target: BinaryIO, n_concepts: int, widths: Mapping[str, int], ac
         shapes[f"{name}.scales"] = "F32", (n_concepts, width)
     values = list(shapes.items())
     shapes |= {key: (dtype, array.shape) for key, (dtype, array) in arrays.items()}
-    writer = ContainerWriter(target, pack_metadata(manifest(widths)), shapes)
+    writer = ContainerWriter(target, pack_metadata(manifest(widths, tokenizer)), shapes)
     for key, (_, array) in arrays.items():
         writer.write(key, np.ascontiguousarray(array))
     noise = np.random.default_rng(1).standard_normal(_PIECE, np.float32)

@@ -28,6 +28,7 @@ BUILT_IN = {
     "InputError": ValueError,
     "MissingSettingsError": ValueError,
     "TargetExistsError": FileExistsError,
+    "TrainingError": ArithmeticError,
     "TriggerError": ValueError,
 }
 

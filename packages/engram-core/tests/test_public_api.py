@@ -67,6 +67,7 @@ PUBLIC = [
     "TokenizerSpec",
     "TrainReport",
     "TrainingBackbone",
+    "TrainingError",
     "TriggerError",
     "Variant",
     "VectorType",
@@ -165,7 +166,8 @@ def test_importing_loads_numpy_and_safetensors_alone():
 
 
 def test_no_module_imports_the_extras_by_itself():
-    modules = [path.stem for path in Path(engram_core.__file__).parent.glob("*.py")]
+    folder = Path(engram_core.__file__).parent
+    modules = [path.stem for path in (*folder.glob("*.py"), *(init.parent for init in folder.glob("*/__init__.py")))]
     assert {"torch", "huggingface", "matcher"} <= set(modules)
     others = sorted(set(modules) - {"torch", "__init__"})
     loaded = loaded_by("\n".join(f"import engram_core.{name}" for name in others))
@@ -177,7 +179,15 @@ def test_the_torch_module_has_names_of_its_own():
     pytest.importorskip("torch")
     import engram_core.torch as twin
 
-    assert list(twin.__all__) == ["Residual", "add_terms", "entry_terms", "match_tensor", "mean_norm"]
+    assert list(twin.__all__) == [
+        "Residual",
+        "TrainableConcept",
+        "TrainableStream",
+        "add_terms",
+        "entry_terms",
+        "match_tensor",
+        "mean_norm",
+    ]
     for name in twin.__all__:
         assert inspect.getdoc(getattr(twin, name))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from engram_core import IncompatibleAdaptersError, Manifest, open_adapter
 
 
-def read_manifests(named: str | Sequence[str], backbone: str | None) -> dict[str, Manifest]:
+def read_manifests(named: Sequence[str], backbone: str | None) -> dict[str, Manifest]:
     """Return the manifests of adapters by file, in the order given.
 
     Args:
@@ -20,7 +20,7 @@ def read_manifests(named: str | Sequence[str], backbone: str | None) -> dict[str
         AdapterReadError, AdapterFormatError: a file cannot be used.
     """
     found: dict[str, Manifest] = {}
-    for text in [named] if isinstance(named, str) else named:
+    for text in named:
         file = cut_strength(text)
         manifest = open_adapter(file).manifest
         if backbone is not None and manifest.backbone != backbone:

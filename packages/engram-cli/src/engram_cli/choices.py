@@ -46,13 +46,15 @@ class Choices:
             self._file = read_settings(arguments.get("config"), self._command)
         self._answers: dict[str, str] = {}
 
-    def get(self, name: str) -> Any:
-        """Return what was chosen for a setting before a backbone is known, unchecked; None when nothing was."""
+    def texts(self, name: str) -> list[str]:
+        """Return the texts chosen for a setting before a backbone is known; what is no text is told later."""
         if name in self._flags:
-            return self._flags[name]
-        if name in self._assigned:
-            return parse_value(self._assigned[name])
-        return self._file.values.get(name)
+            chosen = self._flags[name]
+        elif name in self._assigned:
+            chosen = _parse_text(self._assigned[name])
+        else:
+            chosen = self._file.values.get(name)
+        return [text for text in (chosen if isinstance(chosen, list) else [chosen]) if isinstance(text, str)]
 
     def backbone_name(self) -> str | None:
         """Return the backbone chosen for this command."""
@@ -128,10 +130,10 @@ class Choices:
 
     def _layers(self, backbone: Any, suggestions: Sequence[Layer] = ()) -> list[Layer]:
         kind = _settings_class(backbone, self._command)
-        model = self.get("model")
-        chosen = [model, *(layer.values.get("model") for layer in reversed(suggestions))]
+        suggested = [layer.values.get("model") for layer in reversed(suggestions)]
         defaults = [field.default for field in fields(kind) if field.name == "model"]
-        model = next(text for text in [*chosen, *defaults, backbone.default_model] if isinstance(text, str))
+        models = [*self.texts("model"), *suggested, *defaults, backbone.default_model]
+        model = next(text for text in models if isinstance(text, str))
         advice = getattr(backbone, f"default_{self._command}_settings")(model)
         return [
             Layer(source=f"backbone {backbone.name}", values=advice),
@@ -189,11 +191,15 @@ def _parse(kind: type[Any], texts: Mapping[str, str]) -> dict[str, Any]:
     hints = get_type_hints(kind)
     values = {}
     for name, text in texts.items():
-        value = parse_value(text)
         hint = hints.get(name)
         wants_text = {hint, *get_args(hint)} & {str, Path}
-        values[name] = text if wants_text and not isinstance(value, str | list) else value
+        values[name] = _parse_text(text) if wants_text else parse_value(text)
     return values
+
+
+def _parse_text(text: str) -> str | list[Any]:
+    value = parse_value(text)
+    return value if isinstance(value, str | list) else text
 
 
 def _option_words(parameter: Any, value: Any) -> list[str]:

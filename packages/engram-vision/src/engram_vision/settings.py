@@ -45,7 +45,7 @@ class TrainSettings:
         warm_up: steps in which the rates rise from 0.
         schedule: what follows: `linear` decay to 0, `cosine` to 0, or `constant`.
         weight_decay: of AdamW, for vectors and scales.
-        max_grad_norm: gradients are scaled down to this norm; None leaves them.
+        max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
         min_snr: gamma of min-SNR weighting (arXiv:2303.09556), usually 5; None weights all times alike.
         resolution: pixels a side; None means the model's own.
         flip: also learn from the mirror images.
@@ -90,7 +90,7 @@ class TrainSettings:
     warm_up: int = 500
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     weight_decay: float = 1e-2
-    max_grad_norm: float | None = 1.0
+    max_grad_norm: float = 1.0
     min_snr: float | None = None
     resolution: int | None = None
     flip: bool = False
@@ -117,14 +117,12 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and value < least:
                 yield f"{name} is {value}, expected at least {least}"
-        for name in ("vector_rate", "scale_rate", "weight_decay", "init_std"):
+        for name in ("vector_rate", "scale_rate", "weight_decay", "init_std", "max_grad_norm"):
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 yield f"{name} is {value}, expected a finite number of at least 0"
-        for name in ("max_grad_norm", "min_snr"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                yield f"{name} is {value}, expected a finite number above 0"
+        if self.min_snr is not None and not 0 < self.min_snr < float("inf"):
+            yield f"min_snr is {self.min_snr}, expected a finite number above 0"
         if self.vector_rate == 0 and self.scale_rate == 0:
             yield "vector_rate and scale_rate are both 0; nothing would be learned"
         if not abs(self.init_scale) < float("inf"):

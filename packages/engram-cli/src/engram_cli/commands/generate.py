@@ -114,7 +114,7 @@ def generate(
     from engram_core.settings import Layer
 
     choices = Choices(ctx, arguments)
-    manifests = read_manifests(choices.get("adapters") or (), choices.backbone_name())
+    manifests = read_manifests(choices.texts("adapters"), choices.backbone_name())
     family = choices.backbone(next((manifest.backbone for manifest in manifests.values()), None))
     models = [Layer(source=file, values={"model": each.base_model}) for file, each in manifests.items()]
     settings = choices.settings(family, models[:1])

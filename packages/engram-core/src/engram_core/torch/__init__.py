@@ -1,4 +1,4 @@
-"""Matching, residuals and training with PyTorch; needs the extra `torch`, and nothing else in engram_core imports it."""
+"""Matching, residuals and training with PyTorch; needs the extra `torch`, and no other module imports it."""
 
 from engram_core.torch.residual import Residual, add_terms, entry_terms, match_tensor, mean_norm
 from engram_core.torch.trainable import TrainableConcept, TrainableStream

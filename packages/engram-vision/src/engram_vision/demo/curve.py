@@ -23,6 +23,7 @@ _LOG_FROM = 8.0
 _LARGEST = 1e100
 _STEPS = (1, 2, 5, 10)
 _INTERVALS = 4
+_DASH = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,14 +213,21 @@ def _step_ticks(first: int, last: int) -> list[int]:
 
 
 def _write_path(points: Iterable[Point | None]) -> str:
-    words: list[str] = []
-    drawing = False
+    runs: list[list[Point]] = [[]]
     for point in points:
-        if point is not None:
-            # A point between two gaps is a line of no length; its round ends make it a visible dot.
-            words.append(f"{'L' if drawing else 'M'}{point[0]:.1f} {point[1]:.1f}{'' if drawing else 'h0'}")
-        drawing = point is not None
-    return "".join(words)
+        if point is None:
+            runs.append([])
+        else:
+            runs[-1].append(point)
+    return "".join(_write_run(run) for run in runs if run)
+
+
+def _write_run(run: Sequence[Point]) -> str:
+    if len(run) == 1:
+        # A line needs two ends, so a point between gaps is a dash.
+        (x, y) = run[0]
+        run = [(x - _DASH, y), (x + _DASH, y)]
+    return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in run)
 
 
 def _summarise(curve: Curve, training: Sequence[Point], dots: Sequence[Dot]) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from PIL import Image
 
 from engram_core import InputError
@@ -32,6 +33,8 @@ _COLORS = 8
 # Smaller pictures are shown enlarged, with their pixels as they are; larger ones are scaled down smoothly.
 _PIXEL_ART = 128
 _SHORT_IDENTITY = 12
+# Figures' values longer than this are set smaller.
+_LONG_VALUE = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,8 +182,8 @@ class Page:
     Attributes:
         title: the heading.
         lead: one or two sentences below it.
-        passed: whether the demo shows what it should.
-        failures: what it does not, a sentence each.
+        passed: whether every check held; figures that miss their bar are said beside it all the same.
+        failures: what did not hold, a sentence each.
         figures: the numbers it is judged by.
         characters: what was learned.
         sections: the pictures that were drawn.
@@ -207,6 +210,17 @@ def render_page(page: Page) -> str:
     Args:
         page: what to show.
     """
+    return _load_template().render(
+        page=page,
+        numbers=_number_concepts(page),
+        colors=_COLORS,
+        pixel_art=_PIXEL_ART,
+        long_value=_LONG_VALUE,
+    )
+
+
+@functools.cache
+def _load_template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "address": _write_address,
@@ -217,12 +231,7 @@ def render_page(page: Page) -> str:
         "short": lambda identity: identity[:_SHORT_IDENTITY],
     }
     source = resources.files("engram_vision.demo").joinpath("page.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(source).render(
-        page=page,
-        numbers=_number_concepts(page),
-        colors=_COLORS,
-        pixel_art=_PIXEL_ART,
-    )
+    return environment.from_string(source)
 
 
 def _number_concepts(page: Page) -> dict[str, int]:

@@ -180,7 +180,7 @@ class _Run:
                 accelerator.backward(self.scaler.scale(loss))
             total += loss.detach()
         self.scaler.unscale_(self.optimizer)
-        if settings.max_grad_norm is not None:
+        if settings.max_grad_norm:
             for parameter in (self.stream.vectors, self.stream.scales):
                 torch.nn.utils.clip_grad_norm_(parameter, settings.max_grad_norm)
         self.scaler.step(self.optimizer)
