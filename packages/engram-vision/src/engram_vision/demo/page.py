@@ -34,7 +34,7 @@ _COLORS = 8
 _PIXEL_ART = 128
 _SHORT_IDENTITY = 12
 # Figures' values longer than this are set smaller.
-_LONG_VALUE = 16
+_LONG_VALUE = 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

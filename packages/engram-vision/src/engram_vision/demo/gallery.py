@@ -1,0 +1,238 @@
+"""The pictures of the demo: drawn with and without adapters, compared, judged, and laid out in sections."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from engram_core import Adapter, PromptAudit, Watcher
+from engram_vision.demo.characters import DemoCharacter, describe_subject
+from engram_vision.demo.judge import Judge
+from engram_vision.demo.measures import Measures, Tally
+from engram_vision.demo.page import Picture, Row, Section, Token
+from engram_vision.drawing import Drawing, draw
+from engram_vision.loading import load_engram, pipeline_tokenizers, unload_engrams
+
+__all__ = ["Gallery"]
+
+_STEPS, _GUIDANCE, _BATCH = 20, 4.0, 10
+_SEEDS = 3
+_STREAM = "clip_l"
+_LOADED = "demo"
+_SIDES = ("left", "right")
+# Without a trigger: other subjects, words that describe the characters, and single words of their names.
+_CONTROLS = (
+    "a fox in the forest",
+    "a robot at night",
+    "a cat and a penguin in the snow",
+    "a purple spotted round monster with one eye and horns on the beach",
+    "a green striped tall monster with two eyes and a crown in space",
+    "zorbit in the city",
+    "a quell under water",
+    "wumble fenny in a meadow",
+    "in the desert",
+    "",
+)
+
+
+class Gallery:
+    """Draws with one pipeline and counts what it finds in `measures`."""
+
+    def __init__(self, pipeline: Any, judge: Judge, merged: Adapter, *, seed: int, watcher: Watcher) -> None:
+        """Prepare to draw.
+
+        Args:
+            pipeline: the tiny checkpoint.
+            judge: names what is drawn.
+            merged: all characters in one adapter.
+            seed: of the first picture of each prompt.
+            watcher: hears how many pictures are drawn.
+        """
+        self.measures = Measures()
+        self._pipeline, self._judge, self._merged = pipeline, judge, merged
+        self._audit = PromptAudit(merged, pipeline_tokenizers(pipeline))
+        self._seed, self._watcher, self._done = seed, watcher, 0
+
+    def draw(
+        self, characters: Sequence[DemoCharacter], adapters: Mapping[str, Adapter], phrases: Mapping[str, str]
+    ) -> tuple[Section, ...]:
+        """Return every section of the page.
+
+        Args:
+            characters: the two that were learned.
+            adapters: their own adapters by name.
+            phrases: each scene's phrase.
+        """
+        scenes = len(phrases)
+        pictures = 3 * len(characters) * scenes * _SEEDS + 2 * 2 * scenes + 2 * 2 * len(_CONTROLS)
+        self._watcher.begin("drawing", pictures)
+        rows = [row for one in characters for row in self._draw_alone(one, adapters[one.name], phrases)]
+        columns = ("base", "engram", "merged")
+        return (
+            Section(
+                title="New scenes",
+                text=(
+                    "The scenes that a character's five pictures did not show. The name recalls the character, and "
+                    "the rest of the prompt still decides the scene. The merged file holds both characters and draws "
+                    "the same."
+                ),
+                columns=columns,
+                rows=tuple(row for row, held_out in rows if held_out),
+            ),
+            self._draw_pairs(characters, phrases),
+            Section(
+                title="Scenes from the pictures",
+                text="The scenes that the five pictures did show, drawn anew.",
+                columns=columns,
+                rows=tuple(row for row, held_out in rows if not held_out),
+            ),
+            self._draw_controls(),
+        )
+
+    def _draw_alone(
+        self, character: DemoCharacter, adapter: Adapter, phrases: Mapping[str, str]
+    ) -> list[tuple[Row, bool]]:
+        """Draw one character in every scene; return the rows of the first seed, and whether the scene is new."""
+        measures, scenes = self.measures, [scene for scene in phrases for _ in range(_SEEDS)]
+        drawings = [
+            Drawing(prompt=f"{character.name} {phrase}", seed=self._seed + number)
+            for phrase in phrases.values()
+            for number in range(_SEEDS)
+        ]
+        images = {
+            "base": self._draw(drawings, None),
+            "engram": self._draw(drawings, adapter),
+            "merged": self._draw(drawings, self._merged),
+        }
+        named = {variant: self._judge.name_subjects(group) for variant, group in images.items()}
+        places = {variant: self._judge.name_scenes(group) for variant, group in images.items()}
+        rows = []
+        for number, (scene, drawing) in enumerate(zip(scenes, drawings, strict=True)):
+            held_out = scene not in character.shown
+            pictures = []
+            for variant, group in images.items():
+                is_seen = character.is_seen(named[variant][number])
+                measures.identity.setdefault((variant, held_out), Tally()).add(is_seen)
+                measures.scene.setdefault((variant, held_out), Tally()).add(places[variant][number] == scene)
+                verdict = character.name if is_seen else describe_subject(named[variant][number])
+                # The base model owes nobody this character, so its pictures are neither right nor wrong.
+                good = None if variant == "base" else is_seen
+                pictures.append(Picture(image=group[number], verdict=verdict, good=good))
+            same = _same(images["engram"][number], images["merged"][number])
+            measures.merged_equal.add(same)
+            if drawing.seed == self._seed:
+                note = None if same else "The merged file draws other bytes than the single one."
+                rows.append((self._row(drawing, pictures, note), held_out))
+        return rows
+
+    def _draw_pairs(self, characters: Sequence[DemoCharacter], phrases: Mapping[str, str]) -> Section:
+        """Draw both characters in one prompt, in either order."""
+        asked = [
+            (order, Drawing(prompt=f"{order[0].name} and {order[1].name} {phrase}", seed=self._seed + number))
+            for number, phrase in enumerate(phrases.values())
+            for order in (characters, characters[::-1])
+        ]
+        drawings = [drawing for _, drawing in asked]
+        images = {"base": self._draw(drawings, None), "merged": self._draw(drawings, self._merged)}
+        named = {
+            (variant, side): self._judge.name_subjects(group, side)
+            for variant, group in images.items()
+            for side in _SIDES
+        }
+        rows = []
+        for number, (order, drawing) in enumerate(asked):
+            pictures = []
+            for variant, group in images.items():
+                seen = [
+                    character.name
+                    for character, side in zip(order, _SIDES, strict=True)
+                    if character.is_seen(named[variant, side][number])
+                ]
+                both = len(seen) == len(order)
+                self.measures.pair.setdefault(variant, Tally()).add(both)
+                good = None if variant == "base" else both
+                pictures.append(Picture(image=group[number], verdict=" and ".join(seen) or "neither", good=good))
+            rows.append(self._row(drawing, pictures))
+        return Section(
+            title="Both in one prompt",
+            text="One merged file, two names in one sentence, in either order. Subjects stand from left to right.",
+            columns=tuple(images),
+            rows=tuple(rows),
+        )
+
+    def _draw_controls(self) -> Section:
+        """Draw prompts without a trigger and compare bytes."""
+        drawings = [Drawing(prompt=prompt, seed=self._seed + number) for prompt in _CONTROLS for number in range(2)]
+        self._compare_states(_CONTROLS)
+        images = {"base": self._draw(drawings, None), "merged": self._draw(drawings, self._merged)}
+        rows = []
+        for drawing, base, merged in zip(drawings, *images.values(), strict=True):
+            same = _same(base, merged)
+            self.measures.control_equal.add(same)
+            if drawing.seed == self._seed:
+                rows.append(self._row(drawing, [Picture(image=base), Picture(image=merged, identical=same)]))
+        return Section(
+            title="Nothing else changes",
+            text=(
+                "No full name, no change: other subjects, the characters described in plain words, single words of "
+                "their names, and no words at all. Both columns are compared byte by byte."
+            ),
+            columns=tuple(images),
+            rows=tuple(rows),
+        )
+
+    def _compare_states(self, prompts: Sequence[str]) -> None:
+        """Compare the text states themselves, whose differences pictures of 8 bits could hide."""
+
+        def encode() -> torch.Tensor:
+            states: torch.Tensor = self._pipeline.encode_prompt(list(prompts), "cpu", 1, False)[0]
+            return states
+
+        with torch.no_grad():
+            base = encode()
+            load_engram(self._pipeline, self._merged, name=_LOADED)
+            try:
+                edited = encode()
+            finally:
+                unload_engrams(self._pipeline, _LOADED)
+        for one, other in zip(base, edited, strict=True):
+            self.measures.states_equal.add(one.numpy().tobytes() == other.numpy().tobytes())
+
+    def _draw(self, drawings: Sequence[Drawing], adapter: Adapter | None) -> list[Image.Image]:
+        """Draw with an adapter or without; every variant in the same batches, so that bytes can be compared."""
+        before = self._done
+        if adapter is not None:
+            load_engram(self._pipeline, adapter, name=_LOADED)
+        try:
+            images = draw(
+                self._pipeline,
+                drawings,
+                steps=_STEPS,
+                guidance=_GUIDANCE,
+                batch_size=_BATCH,
+                advance=lambda part: self._watcher.advance(before + part),
+            )
+        finally:
+            if adapter is not None:
+                unload_engrams(self._pipeline, _LOADED)
+        self._done += len(images)
+        return images
+
+    def _row(self, drawing: Drawing, pictures: Sequence[Picture], note: str | None = None) -> Row:
+        prompt = drawing.prompt or "(no words)"
+        tokens = self._tokens(drawing.prompt)
+        return Row(prompt=prompt, tokens=tokens, seed=drawing.seed, pictures=tuple(pictures), note=note)
+
+    def _tokens(self, prompt: str) -> tuple[Token, ...]:
+        """Return a prompt's tokens with the concept that fires at each."""
+        reading = self._audit.examine(prompt).streams[_STREAM]
+        owner = {at: name for name, spans in reading.fired for start, stop in spans for at in range(start, stop)}
+        texts = self._audit.show(_STREAM, reading.ids)
+        return tuple(Token(text=text.removesuffix("</w>"), concept=owner.get(at)) for at, text in enumerate(texts))
+
+
+def _same(one: Image.Image, other: Image.Image) -> bool:
+    return one.tobytes() == other.tobytes()
