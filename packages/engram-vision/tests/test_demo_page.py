@@ -9,7 +9,7 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -431,6 +431,7 @@ def coordinates(html):
 losses = st.floats(width=64) | st.floats(1e-4, 2)
 
 
+@settings(deadline=None)
 @given(
     training=st.lists(st.tuples(st.integers(0, 50), losses), max_size=20),
     validation=st.lists(st.tuples(st.integers(0, 1000), losses), max_size=5),
