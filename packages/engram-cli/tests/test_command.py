@@ -35,6 +35,13 @@ def test_help_lists_every_command(world):
         assert f" {name} " in done.out
 
 
+def test_an_unknown_command_is_wrong_usage_that_knows_all_others(engram):
+    done = engram("trian")
+    assert done.status == 2
+    assert "trian" in done.err
+    assert "train" in done.err.replace("trian", "")
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_a_command_has_an_example(engram, name):
     done = engram(name, "--help")

@@ -112,10 +112,10 @@ def test_every_setting_of_the_image_backbones_has_a_flag_and_no_flag_is_without_
     settings = pytest.importorskip("engram_vision.settings")
     import typer
 
-    from engram_cli.main import app
+    from engram_cli.main import build_app
     from engram_cli.options import NOT_SETTINGS
 
-    commands = typer.main.get_command(app).commands
+    commands = typer.main.get_command(build_app()).commands
     for command, kind in (("train", settings.TrainSettings), ("generate", settings.GenerateSettings)):
         flags = {parameter.name for parameter in commands[command].params} - NOT_SETTINGS - {"help"}
         assert flags == {field.name for field in fields(kind)}

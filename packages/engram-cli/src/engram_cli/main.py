@@ -3,33 +3,42 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from typing import Annotated
 
 import typer
 
 from engram_cli import __version__
-from engram_cli.commands import abilities, convert, demo, doctor, extract, generate, inspect, merge, train
 from engram_cli.endings import Interrupted
 
 _INTERRUPTED = 130  # as shells report it, 128 + SIGINT
 
-app = typer.Typer(
-    name="engram",
-    help="Exact, mergeable memories for frozen generators.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # formatting help with Rich would import four times as much as the command itself
-)
-train.register(app)
-generate.register(app)
-merge.register(app)
-extract.register(app)
-inspect.register(app)
-convert.register(app)
-doctor.register(app)
-demo.register(app)
-abilities.register(app)
+# Command to its module, in the order of the help.
+_MODULES = {
+    **{name: name for name in ("train", "generate", "merge", "extract", "inspect", "convert", "doctor", "demo")},
+    **dict.fromkeys(("data", "eval"), "abilities"),
+}
+
+
+def build_app(command: str | None = None) -> typer.Typer:
+    """Return the application.
+
+    Args:
+        command: the command that will be run, if known: building the others too takes longer than a short command.
+    """
+    app = typer.Typer(
+        name="engram",
+        help="Exact, mergeable memories for frozen generators.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,  # formatting help with Rich would import four times as much as the command itself
+    )
+    app.callback()(root)
+    wanted = [_MODULES[command]] if command in _MODULES else dict.fromkeys(_MODULES.values())
+    for module in wanted:
+        import_module(f"engram_cli.commands.{module}").register(app)
+    return app
 
 
 def _print_version(wanted: bool) -> None:
@@ -38,7 +47,6 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def root(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[
@@ -60,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
     if debug:
         arguments.remove("--debug")
     try:
-        app(arguments, prog_name="engram")
+        build_app(arguments[0] if arguments else None)(arguments, prog_name="engram")
     except SystemExit as done:
         if done.code == _INTERRUPTED:  # Ctrl-C: files are written whole or not at all
             _show("interrupted; no file was left half-written")
