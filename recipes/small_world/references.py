@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from recipes.small_world.captions import SCENE_PHRASES
+from recipes.small_world.captions import SCENE_PHRASES, describe_monster
 from recipes.small_world.world import CHARACTERS, render
 
 REFERENCES = 5
@@ -35,7 +35,15 @@ def write_references(folder: Path, *, seed: int) -> None:
             lines.append({"file_name": f"{scene}.png", "text": f"{name} {SCENE_PHRASES[scene][0]}"})
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (home / "metadata.jsonl").write_text(text, encoding="utf-8")
-        characters.append({"name": name, "folder": home.name, "attributes": asdict(monster), "scenes": shown})
+        characters.append(
+            {
+                "name": name,
+                "folder": home.name,
+                "description": describe_monster(monster),
+                "attributes": asdict(monster),
+                "scenes": shown,
+            }
+        )
     phrases = {scene: words[0] for scene, words in SCENE_PHRASES.items()}
     text = json.dumps({"characters": characters, "scenes": phrases}, indent=1)
     (folder / "characters.json").write_text(text + "\n", encoding="utf-8")

@@ -19,12 +19,14 @@ class DemoCharacter:
     Attributes:
         name: its name, which is its trigger.
         folder: its reference pictures with captions.
+        description: its looks in words that the model knows.
         attributes: what the judge has to see.
         shown: the scenes of its reference pictures; the others are new.
     """
 
     name: str
     folder: Path
+    description: str
     attributes: Mapping[str, str]
     shown: Sequence[str]
 
@@ -44,7 +46,11 @@ def read_characters() -> tuple[list[DemoCharacter], dict[str, str]]:
     values = json.loads((folder / "characters.json").read_text(encoding="utf-8"))
     subjects = [
         DemoCharacter(
-            name=one["name"], folder=folder / one["folder"], attributes=one["attributes"], shown=tuple(one["scenes"])
+            name=one["name"],
+            folder=folder / one["folder"],
+            description=one["description"],
+            attributes=one["attributes"],
+            shown=tuple(one["scenes"]),
         )
         for one in values["characters"]
     ]

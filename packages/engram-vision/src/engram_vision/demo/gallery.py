@@ -67,7 +67,7 @@ class Gallery:
             phrases: each scene's phrase.
         """
         scenes = len(phrases)
-        pictures = 3 * len(characters) * scenes * _SEEDS + 2 * 2 * scenes + 2 * 2 * len(_CONTROLS)
+        pictures = 3 * len(characters) * scenes * _SEEDS + 3 * 2 * scenes + 2 * 2 * len(_CONTROLS)
         self._watcher.begin("drawing", pictures)
         rows = [row for one in characters for row in self._draw_alone(one, adapters[one.name], phrases)]
         columns = ("base", "engram", "merged")
@@ -131,19 +131,29 @@ class Gallery:
     def _draw_pairs(self, characters: Sequence[DemoCharacter], phrases: Mapping[str, str]) -> Section:
         """Draw both characters in one prompt, in either order."""
         asked = [
-            (order, Drawing(prompt=f"{order[0].name} and {order[1].name} {phrase}", seed=self._seed + number))
+            (order, phrase, self._seed + number)
             for number, phrase in enumerate(phrases.values())
             for order in (characters, characters[::-1])
         ]
-        drawings = [drawing for _, drawing in asked]
-        images = {"base": self._draw(drawings, None), "merged": self._draw(drawings, self._merged)}
+        named_drawings = [
+            Drawing(prompt=f"{one.name} and {other.name} {phrase}", seed=seed) for (one, other), phrase, seed in asked
+        ]
+        described = [
+            Drawing(prompt=f"{one.description} and {other.description} {phrase}", seed=seed)
+            for (one, other), phrase, seed in asked
+        ]
+        images = {
+            "base": self._draw(named_drawings, None),
+            "base, described": self._draw(described, None),
+            "merged": self._draw(named_drawings, self._merged),
+        }
         named = {
             (variant, side): self._judge.name_subjects(group, side)
             for variant, group in images.items()
             for side in _SIDES
         }
         rows = []
-        for number, (order, drawing) in enumerate(asked):
+        for number, ((order, _, _), drawing) in enumerate(zip(asked, named_drawings, strict=True)):
             pictures = []
             for variant, group in images.items():
                 seen = [
@@ -158,7 +168,12 @@ class Gallery:
             rows.append(self._row(drawing, pictures))
         return Section(
             title="Both in one prompt",
-            text="One merged file, two names in one sentence, in either order. Subjects stand from left to right.",
+            text=(
+                "One merged file, two names in one sentence, in either order; subjects stand from left to right. The "
+                "model is weak here: the second column shows how well it draws the two when all their looks are "
+                "spelled out in words it knows. Looks wander between the two; a picture counts only when both are "
+                "right in every attribute."
+            ),
             columns=tuple(images),
             rows=tuple(rows),
         )

@@ -105,22 +105,24 @@ def list_figures(
         ),
         Figure(
             label="Nothing else changes",
-            value=f"{control.right} of {control.count} pictures, {states.right} of {states.count} text states",
-            bar="all byte-identical",
+            value=f"{control.right} of {control.count}, states {states.right} of {states.count}",
+            bar="all identical",
             met=control.right == control.count and states.right == states.count,
-            explanation="Prompts without a full name, with the merged file loaded, against the base model.",
+            explanation="Pictures and text states of prompts without a full name, with the merged file loaded, against "
+            "the base model's.",
         ),
         Figure(
             label="Merging changes nothing",
             value=f"{same.right} of {same.count} pictures",
-            bar="all byte-identical",
+            bar="all identical",
             met=same.right == same.count,
-            explanation="One name in the prompt: the merged file against that character's own file.",
+            explanation="One name in the prompt: pictures of the merged file against those of the character's own.",
         ),
         Figure(
             label="Both in one prompt",
-            value=str(measures.pair["merged"]),
-            explanation="Pictures in which the judge finds both, each in its place.",
+            value=f"{measures.pair['merged']}, described {measures.pair['base, described'].share:.2f}",
+            explanation="Pictures in which the judge finds both, each in its place. Described: without engrams, all "
+            "their looks spelled out in words the model knows.",
         ),
         Figure(
             label="Identity in the scenes shown",

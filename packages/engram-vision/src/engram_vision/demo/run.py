@@ -78,8 +78,8 @@ def run_demo(
     page = Page(
         title="engram demo",
         lead=(
-            "Two invented characters, five pictures each. A small frozen model learned both names in a few hundred "
-            "bytes a word, and everything else it draws stayed as it was, byte for byte."
+            "Two invented characters, five pictures each. Each becomes a file of ten kilobytes that gives its name a "
+            "meaning to a small frozen model. Everything else the model draws stays as it was, byte for byte."
         ),
         passed=not failures,
         failures=failures,
