@@ -102,9 +102,18 @@ def wheels(session: nox.Session, package: str) -> None:
 
 @nox.session
 def benchmarks(session: nox.Session) -> None:
-    """Measure engram-core; arguments after `--` go to the script."""
-    sync(session, "--no-default-groups", "--group=test")
-    session.run("python", "packages/engram-core/benchmarks/run.py", *session.posargs)
+    """Measure engram-core, or after `-- vision` engram-vision; further arguments go to the script."""
+    named = session.posargs[:1] in (["core"], ["vision"])
+    package, *arguments = session.posargs if named else ["core", *session.posargs]
+    sync(session, "--no-default-groups", "--group=test", "--group=comparisons")
+    session.run("python", f"packages/engram-{package}/benchmarks/run.py", *arguments)
+
+
+@nox.session
+def tiny(session: nox.Session) -> None:
+    """Make the tiny checkpoint and its judge anew, in about an hour and a half; goes on where it was stopped."""
+    sync(session, "--no-default-groups")
+    session.run("python", "-m", "recipes.small_world", *session.posargs)
 
 
 @nox.session
