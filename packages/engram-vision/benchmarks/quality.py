@@ -32,7 +32,8 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "absolute-tanh, 300 steps": {"rule": "absolute-tanh"},
     "relative, 300 steps": {"rule": "relative", "vector_rate": 0.02, "scale_rate": 0.03},
     "absolute, 100 steps": {"steps": 100},
-    "absolute, 100 steps, begun as words": {"steps": 100, "init": WORDS},
+    "absolute, 20 steps": {"steps": 20, "validate_every": 10},
+    "absolute, 20 steps, begun as words": {"steps": 20, "validate_every": 10, "init": WORDS},
     "absolute, 300 steps, without mirror images": {"flip": False, "batch_size": 5},
     "absolute, 300 steps, published rates": {"vector_rate": 1e-3, "scale_rate": 1e-4},
 }
