@@ -110,7 +110,8 @@ def write_pictures(folder: Path, resolution: int) -> None:
     lines = []
     for number, scene in enumerate(SCENES):
         pixels = random.integers(0, 256, (8, 8, 3), np.uint8)
-        Image.fromarray(pixels).resize((resolution, resolution), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
+        picture = Image.fromarray(pixels).resize((resolution, resolution), Image.Resampling.BICUBIC)
+        picture.save(folder / f"{number}.png")
         lines.append(json.dumps({"file_name": f"{number}.png", "text": f"a photo of {TRIGGER} {scene}"}) + "\n")
     (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
 

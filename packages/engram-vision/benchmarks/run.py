@@ -1,4 +1,4 @@
-"""Measure engram-vision: `python packages/engram-vision/benchmarks/run.py [NAME ...] [--quick] [--write] [--device cuda]`.
+"""Measure engram-vision: `python packages/engram-vision/benchmarks/run.py [NAME ...] [--quick] [--write]`.
 
 Every comparison is made side by side in one run, its cases in turn. `--write` keeps the outcome in `results.json`
 and puts the tables into `docs/benchmarks.md`.

@@ -1,12 +1,19 @@
-"""Model folders with real tokenizers: CLIP's own vocabulary, and a small byte-level BPE in place of T5's."""
+"""Model folders: with real tokenizers (CLIP's own vocabulary, a small byte-level BPE in place of T5's), and a whole
+Stable Diffusion 1.x with random weights, small enough to train in a second.
+
+Makes the shared modules beside this file importable: with `--import-mode=importlib` pytest adds nothing to `sys.path`.
+"""
 
 import gzip
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")
@@ -63,3 +70,53 @@ def sd35_folder(tmp_path_factory, clip_files):
     (folder / "tokenizer_3").mkdir()
     tokenizer.save(str(folder / "tokenizer_3" / "tokenizer.json"))
     return folder
+
+
+# Whole models; the imports are slow, and tests of other things do without.
+
+
+@pytest.fixture(scope="session")
+def one_thread():
+    """Compute on one thread, so that sums are made in one order and a run can be compared bit for bit."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory, one_thread):
+    """Return a folder with a small Stable Diffusion 1.x that predicts the noise."""
+    from vision_builders import build_model
+
+    folder = tmp_path_factory.mktemp("model")
+    build_model().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def v_model(tmp_path_factory, one_thread):
+    """Return a folder with one that predicts v, and whose noise schedule ends in pure noise."""
+    from vision_builders import build_model
+
+    folder = tmp_path_factory.mktemp("v_model")
+    build_model(prediction="v_prediction").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base(model):
+    """Return a pipeline into which nothing is ever loaded."""
+    from engram_vision.models import load_pipeline
+
+    return load_pipeline(str(model))
+
+
+@pytest.fixture
+def pipeline(base):
+    """Return an equal pipeline for one test."""
+    from vision_builders import copy_of
+
+    return copy_of(base)

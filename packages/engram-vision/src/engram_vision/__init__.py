@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from engram_vision.generate import generate
+    from engram_vision.generation import generate
     from engram_vision.loading import LoadedEngram, list_engrams, load_engram, unload_engrams
     from engram_vision.settings import GenerateSettings, TrainSettings
     from engram_vision.training.trainer import train
@@ -36,7 +36,7 @@ _HOMES = {
     "GenerateSettings": "engram_vision.settings",
     "LoadedEngram": "engram_vision.loading",
     "TrainSettings": "engram_vision.settings",
-    "generate": "engram_vision.generate",
+    "generate": "engram_vision.generation",
     "list_engrams": "engram_vision.loading",
     "load_engram": "engram_vision.loading",
     "train": "engram_vision.training.trainer",
@@ -47,7 +47,6 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # Kept, so that a function wins over the module of its name that its import puts here.
     value = globals()[name] = getattr(import_module(_HOMES[name]), name)
     return value
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from engram_core import Adapter, PromptAudit
+from engram_core import Adapter, InputError, PromptAudit
 from engram_vision.loading import pipeline_tokenizers
 
 __all__ = ["Drawing", "draw", "find_silent"]
@@ -55,7 +55,14 @@ def draw(
         height: pixels, likewise.
         batch_size: pictures drawn at once.
         advance: called with the number of pictures that are done.
+
+    Raises:
+        InputError: the width or height is not one that the model can draw.
     """
+    multiple = max(8, pipeline.vae_scale_factor)  # diffusers insists on 8
+    for side, pixels in (("width", width), ("height", height)):
+        if pixels is not None and pixels % multiple:
+            raise InputError(f"{side} is {pixels}, expected a multiple of {multiple}")
     images: list[Image.Image] = []
     for first in range(0, len(drawings), batch_size):
         batch = drawings[first : first + batch_size]

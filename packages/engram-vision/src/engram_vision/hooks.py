@@ -76,14 +76,22 @@ def detach(encoder: nn.Module) -> None:
         attachment.handle.remove()
 
 
-def _edit_output(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+def _edit_output(encoder: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
     """Add the residual to the last hidden state; returns None, and so the very same output, when nothing fires."""
     edit = attached(encoder)
+    if edit is None or len(rest) < 2:
+        # PyTorch leaves the keywords out while another thread is attaching or detaching: nothing is attached then.
+        return None
+    kwargs, output = rest
     ids = kwargs.get("input_ids", args[0] if args else None)
-    if edit is None or not isinstance(ids, Tensor):
+    if not isinstance(ids, Tensor):
         return None
     matches = match_tensor(edit.matcher, ids.reshape(-1, ids.shape[-1]))
     if not len(matches):
+        return None
+    hidden = output[0]
+    edited = edit.residual.apply(hidden, matches, strength=edit.strength)
+    if edited is hidden:
         return None
     if kwargs.get("output_hidden_states"):
         # A pipeline that asks for all states (clip_skip) reads another one than the memory was learned for.
@@ -91,10 +99,6 @@ def _edit_output(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
             "an engram fires, but the pipeline reads a hidden state other than the last one (clip_skip); "
             "leave clip_skip out, or unload the engrams"
         )
-    hidden = output[0]
-    edited = edit.residual.apply(hidden, matches, strength=edit.strength)
-    if edited is hidden:
-        return None
     if isinstance(output, tuple):
         return (edited, *output[1:])
     return type(output)(**{**output, "last_hidden_state": edited})

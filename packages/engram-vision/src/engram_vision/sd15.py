@@ -69,8 +69,8 @@ class StableDiffusion15:
     def generate(
         self, settings: GenerateSettings, *, overwrite: bool = False, watcher: Watcher | None = None
     ) -> GenerateReport:
-        """Draw pictures; see `engram_vision.generate.generate`."""
-        from engram_vision.generate import generate  # imports torch
+        """Draw pictures; see `engram_vision.generation.generate`."""
+        from engram_vision.generation import generate  # imports torch
 
         return generate(settings, overwrite=overwrite, watcher=watcher)
 

@@ -5,7 +5,8 @@ Shapes: V views (pictures, mirrored and cropped), T texts, L positions, d width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,12 +49,14 @@ class FrozenData:
         mean, std: the latents' distributions, float32 [V, 4, h, w], scaled as the denoiser expects.
         texts: stream to the captions in all their forms.
         captions: V tuples of rows of `texts`: first the caption as written, then with the trigger in other forms.
+        origin: digests of the `pictures` and `captions` that went in, alike on every machine.
     """
 
     mean: Tensor
     std: Tensor
     texts: Mapping[str, FrozenTexts]
     captions: tuple[tuple[int, ...], ...]
+    origin: Mapping[str, str]
 
 
 def freeze(
@@ -103,6 +106,10 @@ def freeze(
         std=std,
         texts={stream: encode_texts(pipeline, list(texts))},
         captions=tuple(row for row, group in zip(rows, views, strict=True) for _ in group),
+        origin={
+            "pictures": _digest(view.tobytes() for group in views for view in group),
+            "captions": _digest(item.caption.encode() + b"\0" for item in data),
+        },
     )
 
 
@@ -133,18 +140,28 @@ def encode_texts(pipeline: Any, texts: Sequence[str]) -> FrozenTexts:
 
 
 def vary_caption(caption: str, registry: Registry, tokenizer: StreamTokenizer) -> list[str]:
-    """Return the caption with the trigger in other forms, one for each further token variant.
+    """Return the caption with the trigger in other forms, one for each token variant that it does not show itself.
 
     Training must show every variant (docs/concepts.md): quoted, in capitals, before a comma, and so on.
     """
+
+    def shows(text: str, variant: Variant) -> bool:
+        return _holds(tokenizer.encode(text)[: tokenizer.max_tokens], variant.ids)
+
     texts = []
-    for variant in registry.variants[1:]:
-        text = caption_with(caption, registry.trigger, _form(variant, registry.trigger))
-        if not _holds(tokenizer.encode(text), variant.ids):
-            text = variant.example  # the words around it in this caption cut the trigger in yet another way
-        if _holds(tokenizer.encode(text)[: tokenizer.max_tokens], variant.ids):
-            texts.append(text)
+    for variant in registry.variants:
+        if not shows(caption, variant):
+            text = caption_with(caption, registry.trigger, _form(variant, registry.trigger))
+            # Where the words around it cut the trigger in yet another way, the variant's example stands in.
+            texts += [form for form in (text, variant.example) if shows(form, variant)][:1]
     return texts
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
 
 
 def _form(variant: Variant, trigger: str) -> str:

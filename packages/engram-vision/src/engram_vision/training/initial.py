@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engram_core import InputError, Registry, Rule, StreamTokenizer
-from engram_core.registry import ngram_spans
+from engram_core import InputError, Overlap, Registry, Rule, StreamTokenizer
+from engram_core.registry import Ngram, ngram_spans
 from engram_vision.training.frozen import encode_texts
 
 __all__ = ["describe_vectors", "random_vectors"]
@@ -27,13 +27,20 @@ def random_vectors(registry: Registry, width: int, *, std: float, seed: int) -> 
 
 
 def describe_vectors(
-    pipeline: Any, registry: Registry, tokenizer: StreamTokenizer, words: str, *, rule: Rule, scale: float
+    pipeline: Any,
+    registry: Registry,
+    tokenizer: StreamTokenizer,
+    words: str,
+    *,
+    rule: Rule,
+    overlap: Overlap,
+    scale: float,
 ) -> Tensor:
-    """Return vectors whose residual turns the trigger's states into those of some words, float32 [P, d].
+    """Return vectors whose residual moves the trigger's states to those of some words, float32 [P, d].
 
     The words' states are stretched over the trigger's T tokens and compared with the trigger's own, in a few
-    contexts. Entries overlap, so the vectors are the smallest ones (least squares) whose sums give the
-    difference. Under the relative rule only their directions count.
+    contexts. Entries overlap, so the vectors are the smallest ones (least squares) whose sums, or means, give the
+    difference. Under the relative rule only directions count: each vector takes that of the difference it covers.
 
     Args:
         pipeline: with its text encoder.
@@ -41,43 +48,65 @@ def describe_vectors(
         tokenizer: of the stream.
         words: the description.
         rule: how vectors become residuals.
+        overlap: how entries that cover one token combine.
         scale: first value of every scale.
 
     Raises:
-        InputError: the description has no token, or the scale is 0, so that no vector has an effect.
+        InputError: the description has no token or too many, or the scale is 0, so that no vector has an effect.
     """
     if scale == 0:
         raise InputError("init_scale is 0, so no vector has an effect; init needs another value")
     factor = scale if rule == "absolute" else float(np.tanh(scale))
-    differences = torch.stack([_difference(pipeline, registry, tokenizer, words, text) for text in _CONTEXTS]).mean(0)
+    differences = _differences(pipeline, registry, tokenizer, words) / factor
     vectors: dict[int, Tensor] = {}
     slot_of = dict(zip(registry.entries, registry.slots, strict=True))
     for variant in registry.variants:
-        length = len(variant.ids)
-        target = differences[np.linspace(0, len(differences) - 1, length).round().astype(int)]
-        spans = ngram_spans(variant.ids, registry.max_ngram)
-        covers = torch.zeros(length, len(spans))
-        place = 0
-        for column, span in enumerate(spans):
-            start = place if column and len(spans[column - 1]) == len(span) else 0
-            covers[start : start + len(span), column] = 1
-            place = start + 1
-        solution = torch.linalg.pinv(covers) @ (target / factor)
+        target = differences[_stretch(len(differences), len(variant.ids))]
+        spans, covers = _cover(variant.ids, registry.max_ngram)
+        if rule == "relative":
+            solution = covers.T @ target
+        else:
+            weights = covers / covers.sum(dim=1, keepdim=True) if overlap == "mean" else covers
+            solution = torch.linalg.pinv(weights) @ target
         for span, vector in zip(spans, solution, strict=True):
             vectors.setdefault(slot_of[span], vector)
     return torch.stack([vectors[slot] for slot in range(registry.n_slots)])
 
 
-def _difference(pipeline: Any, registry: Registry, tokenizer: StreamTokenizer, words: str, context: str) -> Tensor:
-    """Return the words' states less the trigger's at the trigger's T tokens, float32 [T, d]."""
-    before = len(tokenizer.encode(context.partition("{}")[0].strip()))
-    lengths = [len(tokenizer.encode(context.format(text))) - before for text in (registry.trigger, words)]
-    if lengths[1] < 1:
+def _cover(ids: Ngram, max_ngram: int) -> tuple[list[Ngram], Tensor]:
+    """Return a variant's distinct spans, and how often each covers each token, float32 [T, spans]."""
+    occurrences = ngram_spans(ids, max_ngram)
+    column_of = {span: column for column, span in enumerate(dict.fromkeys(occurrences))}
+    covers = torch.zeros(len(ids), len(column_of))
+    start, length = 0, 0
+    for span in occurrences:  # by length, then from left to right
+        start = start + 1 if len(span) == length else 0
+        length = len(span)
+        covers[start : start + length, column_of[span]] += 1
+    return list(column_of), covers
+
+
+def _differences(pipeline: Any, registry: Registry, tokenizer: StreamTokenizer, words: str) -> Tensor:
+    """Return the words' states less the trigger's at the trigger's T tokens, a mean over contexts, float32 [T, d]."""
+    n_words, n_read = len(tokenizer.encode(words)), tokenizer.max_tokens
+    if n_words < 1:
         raise InputError(f"init {words!r} gives no token; describe the subject in words the tokenizer knows")
-    states = encode_texts(pipeline, [context.format(registry.trigger), context.format(words)]).states.float()
-    first = 1 + before  # after the token that begins the text
-    own, theirs = (states[row, first : first + length] for row, length in enumerate(lengths))
-    if not len(theirs):
-        raise InputError(f"init {words!r} is cut off by the encoder's limit; use fewer words")
-    stretched = theirs[np.linspace(0, len(theirs) - 1, len(own)).round().astype(int)]
-    return stretched - own
+    if n_read is not None and n_words > n_read:
+        raise InputError(f"init {words[:80]!r} has {n_words} tokens, the encoder reads {n_read}; use fewer words")
+    found = []
+    for context in _CONTEXTS:
+        texts = [context.format(text) for text in (registry.trigger, words)]
+        before = len(tokenizer.encode(context.partition("{}")[0].strip()))
+        own, theirs = (len(tokenizer.encode(text)) - before for text in texts)
+        if n_read is not None and before + max(own, theirs) > n_read:
+            continue  # cut off; the first context has no words of its own, so there is room
+        states = encode_texts(pipeline, texts).states.float()
+        first = 1 + before  # after the token that begins the text
+        stretched = states[1, first : first + theirs][_stretch(theirs, own)]
+        found.append(stretched - states[0, first : first + own])
+    return torch.stack(found).mean(dim=0)
+
+
+def _stretch(count: int, length: int) -> list[int]:
+    """Return which of `count` items stands at each of `length` places."""
+    return [round(float(place)) for place in np.linspace(0, count - 1, length)]

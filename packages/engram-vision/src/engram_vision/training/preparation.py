@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,7 +39,7 @@ _SITE = "last_hidden_state"
 
 # Settings that may change between an interrupted run and its continuation.
 _FREE = {"output", "run_dir", "device", "save_every", "preview_every", "preview_prompts", "tracker", "license", "name"}
-_FREE |= {"data", "validation_data", "validate_every", "keep"}
+_FREE |= {"model", "data", "validation_data", "validate_every", "keep"}  # what these hold is compared, not their paths
 # Settings that the adapter's record keeps.
 _RECORDED = {"rule", "init", "steps", "batch_size", "accumulate", "vector_rate", "scale_rate", "warm_up", "schedule"}
 _RECORDED |= {"weight_decay", "min_snr", "resolution", "flip", "crops", "precision", "seed"}
@@ -55,6 +54,7 @@ class Prepared:
         data: the training set.
         unseen: the validation set; the training set itself where none was given.
         n_pictures: pictures in the training set.
+        model: the base model's name and a digest of its weights.
         manifest: of the adapter.
         concept: what learns.
     """
@@ -63,6 +63,7 @@ class Prepared:
     data: FrozenData
     unseen: FrozenData
     n_pictures: int
+    model: str
     manifest: Manifest
     concept: TrainableConcept
 
@@ -80,13 +81,10 @@ class Prepared:
 
     def describe(self, settings: TrainSettings) -> dict[str, str]:
         """Return what must be the same when the run goes on, by name."""
-        digest = hashlib.sha256()
-        for frozen in (self.data, self.unseen):
-            digest.update(frozen.mean.numpy().tobytes())
-            digest.update(frozen.texts[STREAM].ids.numpy().tobytes())
-            digest.update(json.dumps(frozen.captions).encode())
         values = {name: str(value) for name, value in dump_settings(settings).items() if name not in _FREE}
-        return values | {"pictures or captions": digest.hexdigest()[:16], "base model": self.manifest.base_model}
+        for role, frozen in (("training", self.data), ("validation", self.unseen)):
+            values |= {f"digest of the {role} {kind}": digest for kind, digest in frozen.origin.items()}
+        return values | {"model": self.model}
 
 
 def read_data(settings: TrainSettings, watcher: Watcher) -> tuple[list[CaptionedImage], list[CaptionedImage] | None]:
@@ -150,6 +148,7 @@ def prepare(
         data=frozen,
         unseen=frozen if unseen is None else run_frozen(unseen, flip=False, crops=1),
         n_pictures=len(data),
+        model=f"{_model_name(settings.model)} with weights {_digest_weights(pipeline)}",
         manifest=Manifest(
             backbone=BACKBONE,
             base_model=_model_name(settings.model),
@@ -164,8 +163,8 @@ def _first_concept(
     settings: TrainSettings, pipeline: Any, registry: Registry, tokenizer: StreamTokenizer, spec: StreamSpec
 ) -> TrainableConcept:
     record = ConceptRecord(
-        name=settings.name or settings.trigger,
-        trigger=settings.trigger,
+        name=settings.name or registry.trigger,
+        trigger=registry.trigger,
         activation=settings.activation,
         rule=settings.rule,
         overlap=settings.overlap,
@@ -177,7 +176,13 @@ def _first_concept(
         vectors = random_vectors(registry, spec.width, std=settings.init_std, seed=settings.seed)
     else:
         vectors = describe_vectors(
-            pipeline, registry, tokenizer, settings.init, rule=settings.rule, scale=settings.init_scale
+            pipeline,
+            registry,
+            tokenizer,
+            settings.init,
+            rule=settings.rule,
+            overlap=settings.overlap,
+            scale=settings.init_scale,
         )
     scales = torch.full((spec.width,), settings.init_scale)
     return TrainableConcept(record, {STREAM: TrainableStream(record, registry, spec, vectors, scales)})
@@ -197,3 +202,13 @@ def _model_name(model: str) -> str:
     """Return what to call the base model: of a local one its name, because its path means nothing to others."""
     path = Path(model).expanduser()
     return path.resolve().stem if model != TINY and path.exists() else model
+
+
+def _digest_weights(pipeline: Any) -> str:
+    """Return a digest over the first values of every weight: enough to tell one checkpoint from another."""
+    digest = hashlib.sha256()
+    for name in ("text_encoder", "unet", "vae"):
+        for key, weight in getattr(pipeline, name).state_dict().items():
+            digest.update(f"{name}.{key}".encode())
+            digest.update(weight.flatten()[:256].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

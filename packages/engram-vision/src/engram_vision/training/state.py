@@ -92,7 +92,19 @@ def load_state(path: Path) -> tuple[Progress, dict[str, dict[str, Tensor]]]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Give an optimizer the moments that `save_state` wrote."""
+    """Give an AdamW optimizer the moments that `save_state` wrote.
+
+    Raises:
+        ValueError: they are not those of its parameters.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    shapes = {
+        f"{index}/{moment}": () if moment == "step" else tuple(parameter.shape)
+        for index, parameter in enumerate(parameters)
+        for moment in ("step", "exp_avg", "exp_avg_sq")
+    }
+    if {name: tuple(value.shape) for name, value in tensors.items()} != shapes:
+        raise ValueError("the optimizer's moments are not those of vectors and scales")
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         index, _, moment = name.partition("/")

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from engram_core import InputError, TargetExistsError, TrainingError, TrainRepor
 from engram_core.container import open_target, write_all
 from engram_core.settings import dump_settings
 from engram_vision.drawing import Drawing, draw
+from engram_vision.generation import make_folder, save_png
 from engram_vision.loading import load_engram, unload_engrams
 from engram_vision.models import pick_device
 from engram_vision.settings import TrainSettings
@@ -59,6 +61,7 @@ def train(
         TriggerError: the trigger cannot be registered.
         TargetExistsError: the output or a run exists, and neither `resume` nor `overwrite` was asked for.
         TrainingError: the loss became NaN or infinite; the last good state is kept.
+        AdapterWriteError: something cannot be written, e.g. because the disk is full; the last state is kept.
         KeyboardInterrupt: after the state was saved.
     """
     run = _Run(settings, watcher or Watcher(), resume=resume, overwrite=overwrite)
@@ -79,15 +82,21 @@ class _Run:
         self.started = time.monotonic()
         self.settings, self.watcher = settings, watcher
         self.folder = settings.run_dir or settings.output.with_suffix(".run")
+        _check_tracker(settings.tracker)
         _check_targets(settings, self.folder, resume=resume, overwrite=overwrite)
         device = pick_device(settings.device, settings.precision)
         data, unseen = read_data(settings, watcher)
         self.accelerator = Accelerator(
             cpu=device.type == "cpu",
+            mixed_precision="no",  # whatever a user's accelerate configuration says of other scripts
             log_with=None if settings.tracker == "none" else settings.tracker,
             project_dir=self.folder,
         )
         self.device = self.accelerator.device
+        if self.device.type != device.type:  # accelerate settles it once for a process
+            raise InputError(
+                f"this Python process works on {self.device.type} already; start another for {device.type}"
+            )
         self.prepared = prepare(settings, data, unseen, self.device, watcher)
         self.pipeline, self.stream = self.prepared.pipeline, self.prepared.stream
         self._free_encoders()
@@ -109,13 +118,18 @@ class _Run:
 
     def train(self) -> TrainReport:
         """Do the steps that are left and write the adapter."""
+        try:
+            return self._finish(self._do_steps())
+        finally:
+            self.accelerator.end_training()
+
+    def _do_steps(self) -> float:
+        """Return the last mean training loss."""
         settings, main = self.settings, self.accelerator.is_main_process
+        mean, begun = math.nan, time.monotonic()
         if main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            values = {"train": {"backbone": BACKBONE, **dump_settings(settings)}}
-            with open_target(self.folder / SETTINGS, overwrite=True) as file:
-                write_all(file, memoryview(tomli_w.dumps(values).encode()))
-            metrics = MetricsFile(self.folder / METRICS, after_step=self.first)
+            metrics = self._open_folder()
+            mean = metrics.loss
         if settings.tracker != "none":
             self.accelerator.init_trackers("engram", config=_flat(dump_settings(settings)))
         checks: Sequence[Batch] = ()
@@ -129,13 +143,12 @@ class _Run:
             )
         self.watcher.begin("training", settings.steps, self.first)
         losses: list[Tensor] = []
-        mean, begun = math.nan, time.monotonic()
         with DeferredInterrupt() as interrupt:
             for done in range(self.first + 1, settings.steps + 1):
                 losses.append(self._step(done - 1))
-                last = done == settings.steps
+                last, stops = done == settings.steps, self._asked_by_any(interrupt)
                 validates = bool(checks) and (last or done % settings.validate_every == 0)
-                saves = last or interrupt.requested or done % settings.save_every == 0
+                saves = last or stops or done % settings.save_every == 0
                 figures: dict[str, float] = {}
                 if saves or validates or done % _LOG_EVERY == 0:
                     mean = figures["loss"] = self._mean_loss(losses, done)
@@ -148,16 +161,32 @@ class _Run:
                     if main:
                         metrics.write(done, figures)
                     self.accelerator.log(figures, step=done)
-                self.watcher.advance(done, figures)
-                if saves and main:
+                if saves:
                     self._save(done)
-                if interrupt.requested:
+                self.watcher.advance(done, figures)
+                if stops:
                     raise KeyboardInterrupt
                 if main and settings.preview_every and done % settings.preview_every == 0:
                     self._preview(done)
-        self.accelerator.end_training()
         self.watcher.end()
-        return self._finish(mean)
+        return mean
+
+    def _open_folder(self) -> MetricsFile:
+        """Make the run's folder, write the settings, and begin or continue the metrics."""
+        make_folder(self.folder)
+        if not self.first:
+            (self.folder / STATE).unlink(missing_ok=True)  # of a run that is begun anew
+        values = {"train": {"backbone": BACKBONE, **dump_settings(self.settings)}}
+        with open_target(self.folder / SETTINGS, overwrite=True) as file:
+            write_all(file, memoryview(tomli_w.dumps(values).encode()))
+        return MetricsFile(self.folder / METRICS, after_step=self.first)
+
+    def _asked_by_any(self, interrupt: DeferredInterrupt) -> bool:
+        """Tell whether any process heard Ctrl-C: they must stop at the same step."""
+        if self.accelerator.num_processes == 1:
+            return interrupt.requested
+        asked = torch.tensor(float(interrupt.requested), device=self.device)
+        return bool(self.accelerator.reduce(asked, "sum") > 0)
 
     def _step(self, step: int) -> Tensor:
         """Do one optimizer step and return its mean loss, on the device."""
@@ -202,6 +231,8 @@ class _Run:
         losses = torch.cat([self._losses(batch, self.prepared.unseen) for batch in batches])
         self.stream.visited = visited
         loss = float(losses.mean())
+        if not math.isfinite(loss):
+            raise self._error(step, f"the validation loss is {loss:g}")
         if loss < self.best.loss:
             self.best = _Best(step, loss, self._values())
         return loss
@@ -215,38 +246,50 @@ class _Run:
         mean = float(self.accelerator.gather(torch.stack(list(losses)).mean()).float().mean())
         finite = all(bool(value.isfinite().all()) for value in self._values().values())
         if not (math.isfinite(mean) and finite):
-            state = self.folder / STATE
-            kept = f"{state} keeps the last good state" if state.is_file() else "no state was saved before"
-            raise TrainingError(
-                f"step {step}: the loss is {mean:g}{'' if finite else ' and the vectors are not finite'}; {kept}; "
-                f"lower vector_rate ({self.settings.vector_rate:g}), or use precision fp32"
-            )
+            raise self._error(step, f"the loss is {mean:g}{'' if finite else ' and the vectors are not finite'}")
         return mean
+
+    def _error(self, step: int, fact: str) -> TrainingError:
+        state = self.folder / STATE
+        kept = f"{state} keeps the last good state" if state.is_file() else "no state was saved before"
+        remedy = f"begin anew with --force and a vector_rate below {self.settings.vector_rate:g}, or in precision fp32"
+        return TrainingError(f"step {step}: {fact}; {kept}; {remedy}")
 
     def _values(self) -> dict[str, Tensor]:
         return {name: value.detach().cpu().clone() for name, value in self.prepared.concept.state_dict().items()}
 
     def _save(self, step: int) -> None:
-        save_state(
-            self.folder / STATE,
-            Progress(step=step, best_step=self.best.step, best_loss=self.best.loss, run=self.identity),
-            self._values(),
-            self.best.values,
-            {STREAM: self.stream.visited},
-            self.optimizer,
-        )
+        if self.accelerator.num_processes > 1:  # every process showed other captions
+            seen = self.accelerator.reduce(self.stream.visited.float().to(self.device), "sum")
+            self.stream.visited = seen.cpu() > 0
+        if self.accelerator.is_main_process:
+            save_state(
+                self.folder / STATE,
+                Progress(step=step, best_step=self.best.step, best_loss=self.best.loss, run=self.identity),
+                self._values(),
+                self.best.values,
+                {STREAM: self.stream.visited},
+                self.optimizer,
+            )
 
     def _resume(self) -> None:
-        progress, groups = load_state(self.folder / STATE)
+        state = self.folder / STATE
+        progress, groups = load_state(state)
         for name, value in self.identity.items():
             if progress.run.get(name) != value:
                 raise InputError(
-                    f"{self.folder / STATE}: the run was begun with another {name} "
-                    f"({progress.run.get(name)}, now {value}); use {self.folder / SETTINGS}, or begin anew with --force"
+                    f"{state}: {name} was {progress.run.get(name)} when the run was begun and is {value} now; "
+                    f"use {self.folder / SETTINGS}, or begin anew with --force"
                 )
-        self.prepared.concept.load_state_dict(groups["model"])
-        self.stream.visited = groups["visited"][STREAM]
-        restore_optimizer(self.optimizer, groups["optimizer"])
+        try:
+            for values in filter(None, (groups["best"], groups["model"])):  # the last stays
+                self.prepared.concept.load_state_dict(values)
+            restore_optimizer(self.optimizer, groups["optimizer"])
+            (visited,) = groups["visited"].values()
+            self.stream.visited[:] = visited
+        except (RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{state}: does not fit the run: {reason}; begin anew with --force") from None
         self.first = progress.step
         self.best = _Best(progress.best_step, progress.best_loss, groups["best"])
 
@@ -254,7 +297,7 @@ class _Run:
         """Draw with the present vectors, by the code that generation uses."""
         prompts = self.settings.preview_prompts or (self.settings.trigger,)
         folder = self.folder / PREVIEWS
-        folder.mkdir(exist_ok=True)
+        make_folder(folder)
         for module in (self.pipeline.vae, self.pipeline.text_encoder):
             module.to(self.device)
         load_engram(self.pipeline, self.prepared.adapter(self.settings, step), name="preview")
@@ -267,8 +310,9 @@ class _Run:
             )
         finally:
             unload_engrams(self.pipeline, "preview")
-        for number, image in enumerate(images):
-            image.save(folder / f"step-{step:06d}-{number}.png")
+        for number, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+            facts = {"prompt": prompt, "seed": str(self.settings.seed), "step": str(step)}
+            save_png(image, folder / f"step-{step:06d}-{number}.png", facts, overwrite=True)
         self._free_encoders()
 
     def _free_encoders(self) -> None:
@@ -287,9 +331,6 @@ class _Run:
         if settings.keep == "best" and self.best.values:
             step, loss = self.best.step, self.best.loss
             self.prepared.concept.load_state_dict(dict(self.best.values))
-        if self.accelerator.num_processes > 1:  # every process showed other captions
-            seen = self.accelerator.reduce(self.stream.visited.float().to(self.device), "sum")
-            self.stream.visited = seen.cpu() > 0
         adapter = self.prepared.adapter(settings, step)
         if self.accelerator.is_main_process:
             # Whether it may be replaced was asked before anything was done.
@@ -312,14 +353,23 @@ def _check_targets(settings: TrainSettings, folder: Path, *, resume: bool, overw
     output, state = settings.output, folder / STATE
     if not output.parent.is_dir():
         raise InputError(f"{output}: there is no folder {output.parent}; create it first")
-    if resume:
+    if output.is_dir():
+        raise InputError(f"{output}: is a folder; give the name of a file")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file, and the run needs a folder of that name; pass another --run-dir")
+    if resume or overwrite:
         return
-    if overwrite:
-        state.unlink(missing_ok=True)
-    elif output.exists():
+    if output.exists():
         raise TargetExistsError(f"{output}: exists; pass --force to replace it, or another --output")
-    elif state.exists():
+    if state.exists():
         raise TargetExistsError(f"{folder}: holds an interrupted run; pass --resume to go on, or --force to begin anew")
+
+
+def _check_tracker(tracker: str) -> None:
+    """Refuse a tracker that is not installed, which accelerate would leave out in silence."""
+    packages = {"none": (), "tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}[tracker]
+    if packages and not any(map(find_spec, packages)):
+        raise InputError(f"tracker {tracker} needs the package {packages[0]}; install it, or leave --tracker out")
 
 
 def _memory_mb(device: torch.device) -> float:

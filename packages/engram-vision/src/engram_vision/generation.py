@@ -7,7 +7,7 @@ import io
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,11 @@ from engram_core import (
 from engram_core.container import open_target, write_all
 from engram_vision.drawing import Drawing, draw, find_silent
 from engram_vision.grid import draw_grid
-from engram_vision.loading import list_engrams, load_engram
+from engram_vision.loading import list_engrams, load_engram, unload_engrams
 from engram_vision.models import load_pipeline, model_fingerprint, pick_device
 from engram_vision.settings import GenerateSettings
 
-__all__ = ["generate", "save_png"]
+__all__ = ["generate", "make_folder", "save_png"]
 
 _GRID = "grid.png"
 _LONGEST_PROMPTS = 1 << 20  # bytes of a file with prompts
@@ -41,11 +41,11 @@ _LONGEST_PROMPTS = 1 << 20  # bytes of a file with prompts
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Chosen:
-    """An adapter as the user asked for it."""
+    """An adapter as the user asked for it, with each concept's strength."""
 
     adapter: Adapter
     file: str
-    strength: float
+    strengths: Mapping[str, float]
 
 
 def generate(settings: GenerateSettings, *, overwrite: bool = False, watcher: Watcher | None = None) -> GenerateReport:
@@ -59,41 +59,40 @@ def generate(settings: GenerateSettings, *, overwrite: bool = False, watcher: Wa
     Raises:
         InputError: prompts, strengths or the model cannot be used.
         IncompatibleAdaptersError: an adapter was made for another model.
-        TargetExistsError: a file exists and `overwrite` is false; nothing was drawn.
+        ConflictError: the adapters contradict one another.
+        AdapterReadError, AdapterFormatError: an adapter file cannot be used.
+        AdapterWriteError: a file cannot be written; TargetExistsError: one exists and `overwrite` is false. Except
+            when the disk gets full, nothing was drawn.
     """
     started = time.monotonic()
     watcher = watcher or Watcher()
     drawings = [Drawing(prompt=prompt, seed=seed) for prompt in _prompts(settings) for seed in settings.seeds]
-    adapters = [_choose(text) for text in settings.adapters]
-    strengths = _strengths(settings.strengths, adapters)
+    adapters = _adapters(settings)
     variants = (["base"] if settings.compare or not adapters else []) + (["engram"] if adapters else [])
     paths = {variant: _paths(settings, drawings, variant, alone=len(variants) == 1) for variant in variants}
     grid_path = settings.output / _GRID if settings.compare or settings.grid else None
     _check_targets(
         [*(path for group in paths.values() for path in group), *([grid_path] if grid_path else [])], overwrite
     )
-    _make_folder(settings.output)
-
+    for chosen in adapters:
+        _check_base(chosen.adapter, settings.model)
     device = pick_device(settings.device, settings.precision)
     watcher.begin(f"loading {settings.model}")
     pipeline = load_pipeline(settings.model, precision=settings.precision, device=device)
+    # Loaded before anything is drawn, because they may not fit the model or one another.
+    _load(pipeline, adapters)
     for chosen in adapters:
-        _check_base(chosen.adapter, settings.model)
+        for sentence in find_silent(pipeline, chosen.adapter, [drawing.prompt for drawing in drawings]):
+            watcher.note(sentence)
+    make_folder(settings.output)
+
     pictures: dict[str, list[Image.Image]] = {}
     files: list[Generated] = []
     watcher.begin("drawing", len(drawings) * len(variants))
     for number, variant in enumerate(variants):
-        identity = None
+        unload_engrams(pipeline)
         if variant == "engram":
-            for chosen in adapters:
-                factors = {
-                    name: chosen.strength * strengths.get(name, strengths[""]) for name in chosen.adapter.names()
-                }
-                load_engram(pipeline, chosen.adapter, strength=factors, name=chosen.file)
-            identity = _identity(pipeline)
-            for chosen in adapters:
-                for sentence in find_silent(pipeline, chosen.adapter, [drawing.prompt for drawing in drawings]):
-                    watcher.note(sentence)
+            _load(pipeline, adapters)
         before = number * len(drawings)
         pictures[variant] = draw(
             pipeline,
@@ -106,8 +105,10 @@ def generate(settings: GenerateSettings, *, overwrite: bool = False, watcher: Wa
             batch_size=settings.batch_size,
             advance=lambda done, before=before: watcher.advance(before + done),  # type: ignore[misc]
         )
+        engrams = _engrams(pipeline)
+        identity = _identity(pipeline, engrams)
         for image, drawing, path in zip(pictures[variant], drawings, paths[variant], strict=True):
-            save_png(image, path, _facts(settings, drawing, pipeline if identity else None), overwrite=overwrite)
+            save_png(image, path, _facts(settings, drawing, engrams), overwrite=overwrite)
             files.append(Generated(path=path, prompt=drawing.prompt, seed=drawing.seed, identity=identity))
     if grid_path:
         rows = [
@@ -135,6 +136,18 @@ def save_png(image: Image.Image, path: Path, facts: Mapping[str, str], *, overwr
         write_all(file, buffer.getbuffer())
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, unless it exists.
+
+    Raises:
+        AdapterWriteError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AdapterWriteError(f"{folder}: cannot be made: {error.strerror}") from None
+
+
 def _prompts(settings: GenerateSettings) -> list[str]:
     prompts = list(settings.prompts)
     if settings.prompts_file is not None:
@@ -142,7 +155,7 @@ def _prompts(settings: GenerateSettings) -> list[str]:
         try:
             if file.stat().st_size > _LONGEST_PROMPTS:
                 raise InputError(f"{file}: has {file.stat().st_size} bytes; expected prompts, one a line")
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
         except OSError as error:
             raise InputError(f"{file}: cannot be read: {error.strerror}") from None
         except UnicodeDecodeError:
@@ -153,22 +166,38 @@ def _prompts(settings: GenerateSettings) -> list[str]:
     return prompts
 
 
-def _choose(text: str) -> _Chosen:
-    """Return the adapter of `FILE` or `FILE@STRENGTH`."""
-    file, sign, number = text.rpartition("@")
-    if sign and not Path(text).exists():
-        try:
-            return _Chosen(adapter=open_adapter(file), file=file, strength=float(number))
-        except ValueError as error:
-            if not isinstance(error, InputError) and "float" in str(error):
-                raise InputError(f"{text}: {number!r} after @ is not a number; expected FILE@0.8") from None
-            raise
-    return _Chosen(adapter=open_adapter(text), file=text, strength=1.0)
+def _adapters(settings: GenerateSettings) -> list[_Chosen]:
+    """Open the adapters and settle the strength of each concept."""
+    opened = []
+    for text in settings.adapters:
+        file, factor = _split_strength(text)
+        opened.append((file, open_adapter(file), factor))
+    strengths = _strengths(settings.strengths, {name for _, adapter, _ in opened for name in adapter.names()})
+    return [
+        _Chosen(
+            adapter=adapter,
+            file=file,
+            strengths={name: factor * strengths.get(name, strengths[""]) for name in adapter.names()},
+        )
+        for file, adapter, factor in opened
+    ]
 
 
-def _strengths(texts: Sequence[str], adapters: Sequence[_Chosen]) -> dict[str, float]:
+def _split_strength(text: str) -> tuple[str, float]:
+    """Return file and strength of `FILE` or `FILE@STRENGTH`."""
+    file, _, number = text.rpartition("@")
+    if not file or Path(text).exists():
+        return text, 1.0
+    try:
+        return file, float(number)
+    except ValueError:
+        if not Path(file).exists():
+            return text, 1.0  # a file that does not exist and has an @ in its name, as opening it will tell
+        raise InputError(f"{text}: {number!r} after @ is not a number; expected FILE@0.8") from None
+
+
+def _strengths(texts: Sequence[str], known: Collection[str]) -> dict[str, float]:
     """Return strengths by concept name; under the empty name that of all others."""
-    known = {name for chosen in adapters for name in chosen.adapter.names()}
     strengths = {"": 1.0}
     for text in texts:
         name, _, number = text.rpartition("=")
@@ -176,10 +205,17 @@ def _strengths(texts: Sequence[str], adapters: Sequence[_Chosen]) -> dict[str, f
             value = float(number)
         except ValueError:
             raise InputError(f"strength {text!r} is not a number or NAME=number") from None
+        if not known:
+            raise InputError(f"strength {text!r}: there is no adapter to apply it to; give --adapter")
         if name and name not in known:
             raise InputError(f"strength {text!r}: there is no concept {name!r}; there is {', '.join(sorted(known))}")
         strengths[name] = value
     return strengths
+
+
+def _load(pipeline: Any, adapters: Sequence[_Chosen]) -> None:
+    for chosen in adapters:
+        load_engram(pipeline, chosen.adapter, strength=chosen.strengths, name=chosen.file)
 
 
 def _check_base(adapter: Adapter, model: str) -> None:
@@ -191,12 +227,14 @@ def _check_base(adapter: Adapter, model: str) -> None:
         )
 
 
-def _identity(pipeline: Any) -> str:
+def _identity(pipeline: Any, engrams: str) -> str | None:
     """Return a digest of everything that is loaded; for one adapter at full strength its own identity."""
     loaded = list_engrams(pipeline)
+    if not loaded:
+        return None
     if len(loaded) == 1 and set(loaded[0].factors().values()) == {1.0}:
         return loaded[0].adapter.identity()
-    return hashlib.sha256(_engrams(pipeline).encode()).hexdigest()
+    return hashlib.sha256(engrams.encode()).hexdigest()
 
 
 def _engrams(pipeline: Any) -> str:
@@ -209,7 +247,7 @@ def _engrams(pipeline: Any) -> str:
     )
 
 
-def _facts(settings: GenerateSettings, drawing: Drawing, pipeline: Any) -> dict[str, str]:
+def _facts(settings: GenerateSettings, drawing: Drawing, engrams: str) -> dict[str, str]:
     return {
         "prompt": drawing.prompt,
         "negative_prompt": settings.negative,
@@ -217,7 +255,7 @@ def _facts(settings: GenerateSettings, drawing: Drawing, pipeline: Any) -> dict[
         "model": settings.model,
         "steps": str(settings.steps),
         "guidance": str(settings.guidance),
-        "engrams": "[]" if pipeline is None else _engrams(pipeline),
+        "engrams": engrams,
     }
 
 
@@ -238,10 +276,3 @@ def _check_targets(paths: Sequence[Path], overwrite: bool) -> None:
     if there and not overwrite:
         more = f" and {len(there) - 1} more" if len(there) > 1 else ""
         raise TargetExistsError(f"{there[0]}{more}: exists; pass --force to replace, or another --output")
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise AdapterWriteError(f"{folder}: cannot be made: {error.strerror}") from None

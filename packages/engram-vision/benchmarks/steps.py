@@ -1,0 +1,356 @@
+"""Training steps, each way in a process of its own: the program that `training.py` starts.
+
+`python steps.py JSON` does some steps in one way and prints how long each took and how much memory there was.
+
+Shapes: B samples, V pictures, L positions, d width.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from checkpoints import TRIGGER
+from memory import Memory
+from torch import Tensor
+
+from engram_core import Watcher, open_adapter
+from engram_vision.dataset import CaptionedImage
+from engram_vision.images import fit_square, load_picture
+from engram_vision.models import load_pipeline
+from engram_vision.settings import TrainSettings
+from engram_vision.training.diffusion import Diffusion
+from engram_vision.training.frozen import encode_texts, encode_views
+from engram_vision.training.preparation import STREAM, prepare, read_data
+from engram_vision.training.trainer import train
+
+WORD = "<concept>"  # textual inversion's new word
+RANK = 4
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What to measure.
+
+    Attributes:
+        way: a key of `WAYS`, `engram` or `model`.
+        model: the base model's folder, or `tiny`.
+        data: folder of pictures with captions.
+        scratch: an empty folder.
+        resolution, batch_size, precision, device: as in `TrainSettings`.
+        warm_up: steps that are not timed.
+        steps: steps that are.
+    """
+
+    way: str
+    model: str
+    data: str
+    scratch: str
+    resolution: int
+    batch_size: int
+    precision: str
+    device: str
+    warm_up: int
+    steps: int
+
+    @property
+    def settings(self) -> TrainSettings:
+        """The task as the project's own trainer takes it: with its defaults, and without validation and saving."""
+        n_steps = self.warm_up + self.steps
+        return TrainSettings(
+            data=Path(self.data),
+            trigger=TRIGGER,
+            output=Path(self.scratch) / "concept.safetensors",
+            model=self.model,
+            resolution=self.resolution,
+            batch_size=self.batch_size,
+            precision=self.precision,  # type: ignore[arg-type]
+            device=self.device,  # type: ignore[arg-type]
+            steps=n_steps,
+            validate_every=0,
+            save_every=n_steps,
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class Sample:
+    """What was measured.
+
+    Attributes:
+        seconds: of each timed step.
+        step_peak: most memory during the steps, in bytes.
+        peak: most memory of the process.
+        learned: how many numbers are learned and kept.
+        optimised: how many numbers the optimizer changes.
+    """
+
+    seconds: Sequence[float] = ()
+    step_peak: int = 0
+    peak: int = 0
+    learned: int = 0
+    optimised: int = 0
+
+
+class Stopwatch(Watcher):
+    """Times the trainer's steps: all that happens from the end of one to the end of the next."""
+
+    def __init__(self, device: str) -> None:
+        self.seconds: list[float] = []
+        self.memory = Memory(device)
+        self.peak_before = 0
+        self._device = device
+        self._last = 0.0
+
+    def begin(self, title: str, total: int | None = None, done: int = 0) -> None:  # noqa: ARG002
+        """Start with the first step."""
+        if title == "training":
+            self.peak_before = self.memory.peak()
+            self.memory.forget()
+            self._last = perf_counter()
+
+    def advance(self, done: int, figures: Mapping[str, float] | None = None) -> None:  # noqa: ARG002
+        """Note when a step ended; earlier work, which also reports here, is dropped."""
+        if self._last:
+            if self._device == "cuda":
+                torch.cuda.synchronize()
+            now = perf_counter()
+            self.seconds.append(now - self._last)
+            self._last = now
+
+
+class Samples:
+    """Pictures and captions in memory, out of which batches are drawn."""
+
+    def __init__(self, task: Task, items: Sequence[CaptionedImage]) -> None:
+        self.views = [fit_square(load_picture(item.path), task.resolution, (0.5, 0.5)) for item in items]
+        self.captions = [item.caption for item in items]
+        self.pixels = torch.from_numpy(np.stack([np.asarray(view) for view in self.views])).permute(0, 3, 1, 2)
+        self.pixels = self.pixels.float().div(127.5).sub(1)
+        self._size = task.batch_size
+
+    def draw(self) -> Tensor:
+        """Return which pictures are next, int64 [B]."""
+        return torch.randint(len(self.views), (self._size,))
+
+
+class Frozen:
+    """The base model, and what the ways have in common: the project's own loss at random times."""
+
+    def __init__(self, task: Task, pipeline: Any) -> None:
+        self.pipeline = pipeline
+        self.device = pipeline.device
+        self.mixed = task.precision != "fp32"
+        for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+            module.requires_grad_(False)
+        self._diffusion = Diffusion(pipeline.unet, pipeline.scheduler)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Return what lets learned float32 numbers meet a half-precision model, as the scripts' Accelerator does."""
+        return torch.autocast(self.device.type, self.pipeline.unet.dtype, enabled=self.mixed)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Return scaled latents of pictures, drawn from their distributions."""
+        vae = self.pipeline.vae
+        return vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.sample().float() * vae.config.scaling_factor
+
+    def loss(self, latents: Tensor, states: Tensor) -> Tensor:
+        """Return the loss of a batch at random times."""
+        times = torch.randint(self._diffusion.n_times, (len(latents),), device=self.device)
+        return self._diffusion.losses(latents, torch.randn_like(latents), times, states).mean()
+
+
+def build_uncached_engram(task: Task, sample: Sample) -> Step:
+    """Return the step of an engram as TinyEngram's script does it: VAE and text encoder run each time."""
+    settings = task.settings
+    items, _ = read_data(settings, Watcher())
+    prepared = prepare(settings, items, None, torch.device(task.device), Watcher())
+    frozen, data = Frozen(task, prepared.pipeline), Samples(task, items)
+    concept, stream = prepared.concept, prepared.stream
+    ids = tokenize(frozen.pipeline, data.captions)
+    groups = [
+        {"params": [stream.vectors], "lr": settings.vector_rate},
+        {"params": [stream.scales], "lr": settings.scale_rate},
+    ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
+    sample.learned = sample.optimised = stream.vectors.numel() + stream.scales.numel()
+
+    def step() -> None:
+        chosen = data.draw()
+        latents = frozen.encode(data.pixels[chosen])
+        hidden = frozen.pipeline.text_encoder(ids[chosen].to(frozen.device))[0]
+        states = concept({STREAM: (hidden, ids[chosen])})[STREAM]
+        frozen.loss(latents, states).backward()
+        for parameter in (stream.vectors, stream.scales):
+            torch.nn.utils.clip_grad_norm_(parameter, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def build_inversion(task: Task, sample: Sample, *, cached: bool) -> Step:
+    """Return the step of diffusers' `textual_inversion.py`: one new word; `cached` keeps the latents."""
+    frozen, data, latents_of = load(task, cached=cached)
+    pipeline = frozen.pipeline
+    tokenizer, encoder = pipeline.tokenizer, pipeline.text_encoder
+    tokenizer.add_tokens(WORD)
+    encoder.float()  # the word's embedding learns in float32, and the script keeps the whole encoder so
+    encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    encoder.requires_grad_(False)
+    table = encoder.get_input_embeddings().weight
+    table.requires_grad_(True)
+    encoder.train()
+    before = table.detach().clone()
+    others = torch.arange(len(table), device=table.device) != tokenizer.convert_tokens_to_ids(WORD)
+    ids = tokenize(pipeline, [caption.replace(TRIGGER, WORD) for caption in data.captions])
+    optimizer = torch.optim.AdamW([table], lr=5e-4)
+    sample.learned, sample.optimised = table.shape[1], table.numel()
+
+    def step() -> None:
+        chosen = data.draw()
+        latents = latents_of(chosen)
+        with frozen.autocast():
+            states = encoder(ids[chosen].to(frozen.device))[0]
+        frozen.loss(latents, states).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            table[others] = before[others]
+
+    return step
+
+
+def build_lora(task: Task, sample: Sample, *, cached: bool) -> Step:
+    """Return the step of diffusers' `train_text_to_image_lora.py`; `cached` keeps latents and text states."""
+    from diffusers.training_utils import cast_training_params
+    from peft import LoraConfig
+
+    frozen, data, latents_of = load(task, cached=cached)
+    pipeline, unet = frozen.pipeline, frozen.pipeline.unet
+    targets = ["to_k", "to_q", "to_v", "to_out.0"]
+    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=targets))
+    cast_training_params(unet, dtype=torch.float32)
+    unet.train()
+    learned = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=1e-4)
+    sample.learned = sample.optimised = sum(parameter.numel() for parameter in learned)
+    ids = tokenize(pipeline, data.captions)
+    states_of = encode_texts(pipeline, data.captions).states if cached else None
+    if cached:
+        pipeline.text_encoder = None
+
+    def step() -> None:
+        chosen = data.draw()
+        latents = latents_of(chosen)
+        if states_of is None:
+            states = pipeline.text_encoder(ids[chosen].to(frozen.device))[0]
+        else:
+            states = states_of[chosen].to(frozen.device)
+        with frozen.autocast():
+            loss = frozen.loss(latents, states)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def load(task: Task, *, cached: bool) -> tuple[Frozen, Samples, Callable[[Tensor], Tensor]]:
+    """Return the model, the data, and what gives latents: the VAE, or where they are cached their distributions."""
+    items, _ = read_data(task.settings, Watcher())
+    pipeline = load_pipeline(task.model, precision=task.precision, device=torch.device(task.device))  # type: ignore[arg-type]
+    frozen, data = Frozen(task, pipeline), Samples(task, items)
+    if not cached:
+        return frozen, data, lambda chosen: frozen.encode(data.pixels[chosen])
+    mean, std = encode_views(pipeline.vae, data.views)
+    pipeline.vae = None
+
+    def draw_latents(chosen: Tensor) -> Tensor:
+        return (mean[chosen] + std[chosen] * torch.randn(len(chosen), *mean.shape[1:])).to(frozen.device)
+
+    return frozen, data, draw_latents
+
+
+def tokenize(pipeline: Any, captions: Sequence[str]) -> Tensor:
+    """Return the captions' token ids, int64 [V, L]."""
+    tokenizer = pipeline.tokenizer
+    options = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
+    return tokenizer(list(captions), return_tensors="pt", **options)["input_ids"]
+
+
+WAYS: Mapping[str, Callable[[Task, Sample], Step]] = {
+    "engram, nothing cached": build_uncached_engram,
+    "textual inversion": lambda task, sample: build_inversion(task, sample, cached=False),
+    "textual inversion, latents cached": lambda task, sample: build_inversion(task, sample, cached=True),
+    "LoRA": lambda task, sample: build_lora(task, sample, cached=False),
+    "LoRA, latents and texts cached": lambda task, sample: build_lora(task, sample, cached=True),
+}
+
+
+def measure(task: Task) -> Sample:
+    """Do the steps of one way."""
+    torch.manual_seed(0)
+    if task.way == "model":
+        return measure_model(task)
+    if task.way == "engram":
+        return measure_trainer(task)
+    sample, memory = Sample(), Memory(task.device)
+    step = WAYS[task.way](task, sample)
+    sample.peak = memory.peak()
+    memory.forget()
+    seconds = []
+    for _ in range(task.warm_up + task.steps):
+        start = perf_counter()
+        step()
+        if task.device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(perf_counter() - start)
+    sample.seconds = seconds[task.warm_up :]
+    sample.step_peak = memory.peak()
+    sample.peak = max(sample.peak, sample.step_peak)
+    return sample
+
+
+def measure_trainer(task: Task) -> Sample:
+    """Do the steps of the project's own trainer."""
+    watch = Stopwatch(task.device)
+    report = train(task.settings, watcher=watch)
+    table = open_adapter(report.output).streams[STREAM]
+    learned = len(np.unique(table.vectors, axis=0)) * table.vectors.shape[1] + table.scales.size
+    step_peak = watch.memory.peak()
+    return Sample(
+        seconds=watch.seconds[task.warm_up :],
+        step_peak=step_peak,
+        peak=max(watch.peak_before, step_peak),
+        learned=learned,
+        optimised=learned,
+    )
+
+
+def measure_model(task: Task) -> Sample:
+    """Only load the model."""
+    memory = Memory(task.device)
+    pipeline = load_pipeline(task.model, precision=task.precision, device=torch.device(task.device))  # type: ignore[arg-type]
+    for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        for parameter in module.parameters():
+            parameter.detach().sum()  # weights of a file come into memory when they are first read
+    return Sample(step_peak=memory.now(), peak=memory.peak())
+
+
+if __name__ == "__main__":
+    logging.disable(logging.WARNING)
+    found = measure(Task(**json.loads(sys.argv[1])))
+    values = {name: getattr(found, name) for name in Sample.__dataclass_fields__}
+    print(json.dumps(values | {"threads": torch.get_num_threads()}))

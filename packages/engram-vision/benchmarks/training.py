@@ -1,0 +1,191 @@
+"""Training: a step of an engram beside textual inversion and LoRA, on the same model, pictures and number types.
+
+Run through `run.py`. Each measurement is a fresh process (`steps.py`); the ways take turns.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from checkpoints import write_pictures
+from measure import Outcome, Spread, Table
+
+HERE = Path(__file__).parent
+OURS = "engram"
+WAYS = (
+    OURS,
+    "engram, nothing cached",
+    "textual inversion",
+    "textual inversion, latents cached",
+    "LoRA",
+    "LoRA, latents and texts cached",
+)
+MIB = 1 << 20
+
+Sample = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """A model and a batch.
+
+    Attributes:
+        name: for the table's title.
+        model: `tiny`, or `full` for random weights of Stable Diffusion 1.5's size.
+        resolution, batch_size, precision: of the steps.
+        rounds: processes for each way.
+        warm_up, steps: steps in a process that are not timed, and that are.
+    """
+
+    name: str
+    model: str
+    resolution: int
+    batch_size: int
+    precision: str
+    rounds: int
+    warm_up: int
+    steps: int
+
+
+TINY = {"model": "tiny", "resolution": 64, "precision": "fp32", "rounds": 5, "warm_up": 5, "steps": 30}
+FULL = {"model": "full", "batch_size": 1, "precision": "bf16", "rounds": 3, "warm_up": 1, "steps": 4}
+SIZES = {
+    "cpu": (
+        Size(name="Tiny model, 64 px, batch of 4, fp32", batch_size=4, **TINY),
+        Size(name="Tiny model, 64 px, batch of 10, fp32", batch_size=10, **TINY),
+        Size(name="SD1.5's size, 256 px, batch of 1, bf16", resolution=256, **FULL),
+        Size(name="SD1.5's size, 512 px, batch of 1, bf16", resolution=512, **FULL),
+    ),
+    "cuda": (
+        Size(name="Tiny model, 64 px, batch of 4, fp32", batch_size=4, **TINY),
+        Size(
+            name="SD1.5's size, 512 px, batch of 4, bf16",
+            **FULL | {"resolution": 512, "batch_size": 4, "rounds": 5, "warm_up": 5, "steps": 30},
+        ),
+    ),
+}
+
+
+def run(*, quick: bool, device: str) -> Outcome:
+    """Measure everything."""
+    tables, figures = [], {}
+    sizes = SIZES[device][:1] if quick else SIZES[device]
+    with tempfile.TemporaryDirectory(prefix="engram-training-") as name:
+        folder = Path(name)
+        models = {"tiny": "tiny"}
+        for size in sizes:
+            if size.model not in models:
+                models[size.model] = _write_model(folder)
+            rounds, steps = (1, 3) if quick else (size.rounds, size.steps)
+            samples = _measure(folder, models[size.model], size, device, rounds=rounds, steps=steps)
+            threads = samples["model"][0]["threads"]
+            tables.append(_table(size, samples, "GPU" if device == "cuda" else f"{threads} threads"))
+            figures[size.name] = _figures(samples)
+    return Outcome(tables=tables, figures=figures)
+
+
+def _write_model(folder: Path) -> str:
+    """Write a model of Stable Diffusion 1.5's size and return where it is."""
+    print("writing a model of Stable Diffusion 1.5's size ...", file=sys.stderr, flush=True)
+    subprocess.run([sys.executable, HERE / "checkpoints.py", folder], stderr=subprocess.DEVNULL, check=True)
+    return str(folder / "model")
+
+
+def _measure(folder: Path, model: str, size: Size, device: str, *, rounds: int, steps: int) -> dict[str, list[Sample]]:
+    """Return the samples of all ways, one process each in turn."""
+    data = folder / f"pictures-{size.resolution}"
+    if not data.exists():
+        write_pictures(data, size.resolution)
+    samples: dict[str, list[Sample]] = {}
+    for number in range(rounds):
+        for way in ("model", *WAYS) if number == 0 else WAYS:
+            print(f"{size.name}, round {number + 1} of {rounds}: {way} ...", file=sys.stderr, flush=True)
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                task = {
+                    "way": way,
+                    "model": model,
+                    "data": str(data),
+                    "scratch": scratch,
+                    "resolution": size.resolution,
+                    "batch_size": size.batch_size,
+                    "precision": size.precision,
+                    "device": device,
+                    "warm_up": size.warm_up,
+                    "steps": steps,
+                }
+                samples.setdefault(way, []).append(_run_child(task))
+    return samples
+
+
+def _run_child(task: Mapping[str, Any]) -> Sample:
+    command = [sys.executable, HERE / "steps.py", json.dumps(task)]
+    # Nothing is looked up on the hub: all that is loaded is here.
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{task['way']} failed with status {done.returncode}:\n{done.stderr}")
+    sample: Sample = json.loads(done.stdout.splitlines()[-1])
+    return sample
+
+
+def _table(size: Size, samples: Mapping[str, Sequence[Sample]], threads: str) -> Table:
+    model = samples["model"][0]["step_peak"]
+    rows = [("(the model alone)", "", "", f"{model / MIB:,.0f} MiB", "", "", "")]
+    for way in WAYS:
+        found = samples[way]
+        spread = _spread(found)
+        ratio = "" if way == OURS else f"{_ratio(found, samples[OURS]):.2f} times"
+        peak, step_peak = (max(sample[name] for sample in found) for name in ("peak", "step_peak"))
+        rows.append(
+            (
+                way,
+                spread.show("s" if spread.median > 1 else "ms"),
+                ratio,
+                f"{peak / MIB:,.0f} MiB",
+                f"{(step_peak - model) / MIB:+,.0f} MiB",
+                f"{found[0]['learned']:,}",
+                f"{found[0]['optimised']:,}",
+            )
+        )
+    return Table(
+        title=f"{size.name}, {threads}; one step, median (10th to 90th percentile)",
+        columns=("", "step", "beside engram", "peak memory", "steps against the model alone", "learned", "optimised"),
+        rows=rows,
+    )
+
+
+def _spread(samples: Sequence[Sample]) -> Spread:
+    return Spread.of([seconds for sample in samples for seconds in sample["seconds"]])
+
+
+def _ratio(samples: Sequence[Sample], ours: Sequence[Sample]) -> float:
+    """Return the median over the rounds of one way's median step in relation to ours of the same round."""
+    pairs = zip(samples, ours, strict=True)
+    return statistics.median(
+        statistics.median(theirs["seconds"]) / statistics.median(own["seconds"]) for theirs, own in pairs
+    )
+
+
+def _figures(samples: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
+    model = samples["model"][0]
+    figures: dict[str, Any] = {"threads": model["threads"], "model_bytes": model["step_peak"]}
+    for way in WAYS:
+        found = samples[way]
+        figures[way] = {
+            "median_s": _spread(found).median,
+            "ratio": _ratio(found, samples[OURS]),
+            "peak_bytes": max(sample["peak"] for sample in found),
+            "step_peak_bytes": max(sample["step_peak"] for sample in found),
+            "learned": found[0]["learned"],
+            "optimised": found[0]["optimised"],
+        }
+    return figures

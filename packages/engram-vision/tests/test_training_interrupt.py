@@ -1,0 +1,119 @@
+"""Ctrl-C waits for the end of a step; a process that is killed at any moment leaves whole files and can go on."""
+
+import contextlib
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import threading
+import time
+
+import pytest
+from vision_builders import Log, captions, train_settings, write_pictures
+
+from engram_core import open_adapter
+from engram_vision.training.interrupt import DeferredInterrupt
+from engram_vision.training.metrics import read_metrics
+from engram_vision.training.state import load_state
+from engram_vision.training.trainer import METRICS, SETTINGS, STATE, train
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_the_first_ctrl_c_is_noted_and_the_second_acts():
+    before = signal.getsignal(signal.SIGINT)
+    with DeferredInterrupt() as deferred:
+        assert not deferred.requested
+        interrupt()
+        assert deferred.requested
+        with pytest.raises(KeyboardInterrupt):
+            interrupt()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_is_given_back_even_after_an_error():
+    before = signal.getsignal(signal.SIGINT)
+    with contextlib.suppress(ZeroDivisionError), DeferredInterrupt():
+        raise ZeroDivisionError
+    assert signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+
+
+def test_other_threads_leave_ctrl_c_alone():
+    before, seen = signal.getsignal(signal.SIGINT), []
+
+    def enter():
+        with DeferredInterrupt() as deferred:
+            seen.append((signal.getsignal(signal.SIGINT) is before, deferred.requested))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert seen == [(True, False)]
+
+
+STEPS = 30
+
+
+def train_and_tell(settings, resume, told):
+    """Train in a process of its own, which tells each step."""
+
+    class Teller(Log):
+        def advance(self, done, figures=None):
+            if self.works[-1][0] == "training":
+                told.send(done)
+
+    train(settings, resume=resume, overwrite=not resume, watcher=Teller())
+
+
+def check_files(settings):
+    """Return the saved step; every file that has its final name is whole."""
+    folder = settings.output.with_suffix(".run")
+    for path in folder.iterdir():
+        if not path.name.startswith("."):
+            assert path.name in (STATE, METRICS, SETTINGS)
+    assert "[train]" in (folder / SETTINGS).read_text(encoding="utf-8")
+    if settings.output.exists():
+        open_adapter(settings.output).check()
+    if not (folder / STATE).exists():
+        return 0
+    progress, groups = load_state(folder / STATE)
+    assert set(groups["model"]) == set(groups["best"]) or not groups["best"]
+    # The metrics hold at least what the state has seen.
+    assert [line["step"] for line in read_metrics(folder / METRICS)][-1:] >= [progress.step]
+    return progress.step
+
+
+@pytest.mark.skipif(not hasattr(os, "fork") or sys.platform == "darwin", reason="needs processes that fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of one that trains on one thread alone
+def test_a_process_that_is_killed_again_and_again_ends_with_the_adapter_of_a_run_in_one_go(tmp_path, model):
+    write_pictures(tmp_path / "pictures", captions())
+    options = {"steps": STEPS, "save_every": 1, "validate_every": 5}
+    whole = train(train_settings(tmp_path, model, **options, output=tmp_path / "whole.safetensors"))
+    settings = train_settings(tmp_path, model, **options)
+    rng, context = random.Random(0), multiprocessing.get_context("fork")
+    saved = 0
+    for last in (3, 8, 15, 22, None):
+        told, tell = context.Pipe(duplex=False)
+        process = context.Process(target=train_and_tell, args=(settings, saved > 0, tell))
+        process.start()
+        tell.close()
+        with contextlib.suppress(EOFError):
+            while last is None or told.recv() < last:
+                if last is None:
+                    break
+            else:
+                time.sleep(rng.random() * 0.08)
+                process.kill()
+        process.join()
+        told.close()
+        assert process.exitcode == (0 if last is None else -signal.SIGKILL)
+        before, saved = saved, check_files(settings)
+        assert saved >= max(before, (last or STEPS) - 1)
+    assert settings.output.read_bytes() == whole.output.read_bytes()
+    steps = [line["step"] for line in read_metrics(tmp_path / "out.run" / METRICS)]
+    assert steps == list(range(1, STEPS + 1))
