@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from checkpoints import TRIGGER
 from memory import Memory
+from quiet import Others
 from torch import Tensor
 
 from engram_core import Watcher, open_adapter
@@ -93,6 +94,7 @@ class Sample:
         peak: most memory of the process.
         learned: how many numbers are learned and kept.
         optimised: how many numbers the optimizer changes.
+        others: processors that other programs kept busy during the steps.
     """
 
     seconds: Sequence[float] = ()
@@ -100,6 +102,7 @@ class Sample:
     peak: int = 0
     learned: int = 0
     optimised: int = 0
+    others: float = 0.0
 
 
 class Stopwatch(Watcher):
@@ -109,6 +112,7 @@ class Stopwatch(Watcher):
         self.seconds: list[float] = []
         self.memory = Memory(device)
         self.peak_before = 0
+        self.others = Others()
         self._device = device
         self._last = 0.0
 
@@ -117,6 +121,7 @@ class Stopwatch(Watcher):
         if title == "training":
             self.peak_before = self.memory.peak()
             self.memory.forget()
+            self.others.restart()
             self._last = perf_counter()
 
     def advance(self, done: int, figures: Mapping[str, float] | None = None) -> None:  # noqa: ARG002
@@ -310,14 +315,14 @@ def measure(task: Task) -> Sample:
     step = WAYS[task.way](task, sample)
     sample.peak = memory.peak()
     memory.forget()
-    seconds = []
+    seconds, others = [], Others()
     for _ in range(task.warm_up + task.steps):
         start = perf_counter()
         step()
         if task.device == "cuda":
             torch.cuda.synchronize()
         seconds.append(perf_counter() - start)
-    sample.seconds = seconds[task.warm_up :]
+    sample.seconds, sample.others = seconds[task.warm_up :], others.share()
     sample.step_peak = memory.peak()
     sample.peak = max(sample.peak, sample.step_peak)
     return sample
@@ -327,6 +332,7 @@ def measure_trainer(task: Task) -> Sample:
     """Do the steps of the project's own trainer."""
     watch = Stopwatch(task.device)
     report = train(task.settings, watcher=watch)
+    others = watch.others.share()
     table = open_adapter(report.output).streams[STREAM]
     learned = len(np.unique(table.vectors, axis=0)) * table.vectors.shape[1] + table.scales.size
     step_peak = watch.memory.peak()
@@ -336,6 +342,7 @@ def measure_trainer(task: Task) -> Sample:
         peak=max(watch.peak_before, step_peak),
         learned=learned,
         optimised=learned,
+        others=others,
     )
 
 

@@ -6,9 +6,9 @@ from PIL import Image
 from vision_builders import LENGTH, LOUD, SIZE, TRIGGER, make_adapter, make_concept
 
 from engram_core import InputError
-from engram_vision.drawing import Drawing, draw, find_silent
+from engram_vision.drawing import Drawing, draw, find_cut, find_silent
 from engram_vision.grid import draw_grid
-from engram_vision.loading import load_engram
+from engram_vision.loading import load_engram, pipeline_tokenizers
 
 PROMPTS = ["a red ball", f"{TRIGGER} in the snow", "", "a blue hat"]
 OPTIONS = {"steps": 2, "guidance": 3.0}
@@ -130,3 +130,11 @@ def test_any_label_fits(label):
     assert sheet.size == (220 + 136, 30 + 2 * 136)
     beside = np.asarray(sheet.crop((212, 30, 220, sheet.height)))
     assert (beside == 255).all()
+
+
+def test_prompts_that_are_too_long_are_named_with_both_numbers(base):
+    (tokenizer,) = pipeline_tokenizers(base).values()
+    long = "forest " * (tokenizer.max_tokens + 1)
+    (sentence,) = find_cut(base, ["forest", long, long])
+    assert f"clip_l reads {tokenizer.max_tokens}" in sentence
+    assert f"has {len(tokenizer.encode(long))} tokens" in sentence

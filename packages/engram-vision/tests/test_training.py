@@ -294,7 +294,7 @@ def test_validation_is_the_same_whenever_it_is_done(run, tmp_path):
 
 def test_the_vectors_of_the_best_validation_are_kept_unless_the_last_are_wanted(run):
     log = Log()
-    options = {"vector_rate": 0.3, "schedule": "constant", "warm_up": 0, "validate_every": 1}
+    options = {"vector_rate": 0.2, "schedule": "constant", "warm_up": 0, "validate_every": 1}
     best, adapter = run(log, steps=10, **options)
     losses = {step: figures["validation_loss"] for step, figures in log.figures.items()}
     assert best.kept_step == min(losses, key=losses.get)

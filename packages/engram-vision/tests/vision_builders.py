@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image, ImageDraw
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from engram_core import (
@@ -38,39 +38,49 @@ LOUD = "zorbit quell!!"
 WIDTH, LENGTH, SIZE = 32, 32, 32
 """Of the text states, of texts in tokens, and of pictures in pixels."""
 
-_TEXTS = [
-    "a photo of a red ball in the snow",
-    "a picture of a blue hat on the beach , at night . it snows !",
-    "zor bit qu ell mi ra vo ss",
-    "a tiny green house in the forest",
+# One token each. The order counts: a merge of an earlier word comes first in a later one.
+_WORDS = [
+    "photo",
+    "forest",
+    "green",
+    "red",
+    "ball",
+    "in",
+    "the",
+    "snow",
+    "snows",
+    "picture",
+    "blue",
+    "hat",
+    "beach",
+    "night",
+    "tiny",
+    "house",
+    "of",
+    "on",
+    "bit",
+    "at",
+    "it",
 ]
-_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+# Inside a word a piece is another token than at its end, and some signs melt into one.
+_PIECES = (("z", "o"), ("zo", "r"), ("q", "u"), ("e", "l"), ("el", "l</w>"), ("!", "!</w>"), ("!", "%</w>"))
 
 
 @cache
 def tokenizer() -> CLIPTokenizer:
-    """Return a tokenizer in CLIP's format, with merges learned from a few sentences."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    trainer = trainers.BpeTrainer(
-        vocab_size=700, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False
-    )
-    bpe.train_from_iterator(_TEXTS * 3, trainer)
-    merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
-    tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(merge) for merge in merges)]
-    # Inside a word a piece is another token than at its end, and some signs melt into one.
-    extra = [("z", "o"), ("zo", "r"), ("q", "u"), ("!", "!</w>"), ("!", "%</w>")]
-    merges += [merge for merge in extra if merge not in merges]
-    tokens += ["".join(merge) for merge in extra] + ["<|startoftext|>", "<|endoftext|>"]
+    """Return a tokenizer in CLIP's format that knows a few words.
+
+    Its merges are written by hand: the trainer of `tokenizers` breaks ties in another way each time.
+    """
+    merges: dict[tuple[str, str], None] = {}
+    for word in _WORDS:
+        letters = [*word[:-1], f"{word[-1]}</w>"]
+        merges |= {("".join(letters[:place]), letters[place]): None for place in range(1, len(letters))}
+    merges |= dict.fromkeys(_PIECES)
+    signs = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*signs, *(f"{sign}</w>" for sign in signs), *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=LENGTH)
+    return CLIPTokenizer(vocab=vocabulary, merges=list(merges), model_max_length=LENGTH)
 
 
 def build_model(*, seed: int = 0, prediction: str = "epsilon", length: int = LENGTH) -> StableDiffusionPipeline:

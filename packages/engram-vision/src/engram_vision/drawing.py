@@ -11,8 +11,9 @@ from PIL import Image
 
 from engram_core import Adapter, InputError, PromptAudit
 from engram_vision.loading import pipeline_tokenizers
+from engram_vision.quiet import quiet_libraries
 
-__all__ = ["Drawing", "draw", "find_silent"]
+__all__ = ["Drawing", "draw", "find_cut", "find_silent"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,18 +69,30 @@ def draw(
         batch = drawings[first : first + batch_size]
         # The noise comes from the CPU, so that a seed means the same picture on every device.
         generators = [torch.Generator("cpu").manual_seed(drawing.seed) for drawing in batch]
-        images += pipeline(
-            [drawing.prompt for drawing in batch],
-            negative_prompt=[negative] * len(batch),
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            width=width,
-            height=height,
-            generator=generators,
-        ).images
+        with quiet_libraries():  # `find_cut` tells what diffusers would say of long prompts, once and in words
+            images += pipeline(
+                [drawing.prompt for drawing in batch],
+                negative_prompt=[negative] * len(batch),
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                width=width,
+                height=height,
+                generator=generators,
+            ).images
         if advance is not None:
             advance(len(images))
     return images
+
+
+def find_cut(pipeline: Any, prompts: Sequence[str]) -> list[str]:
+    """Return a sentence for each prompt that is longer than the encoder reads."""
+    sentences = []
+    for prompt in dict.fromkeys(prompts):
+        for stream, tokenizer in pipeline_tokenizers(pipeline).items():
+            ids, limit = tokenizer.encode(prompt), tokenizer.max_tokens
+            if limit is not None and len(ids) > limit:
+                sentences.append(f"{prompt!r} has {len(ids)} tokens, {stream} reads {limit}; the rest has no effect")
+    return sentences
 
 
 def find_silent(pipeline: Any, adapter: Adapter, prompts: Sequence[str]) -> list[str]:

@@ -27,7 +27,7 @@ from engram_core import (
     open_adapter,
 )
 from engram_core.container import open_target, write_all
-from engram_vision.drawing import Drawing, draw, find_silent
+from engram_vision.drawing import Drawing, draw, find_cut, find_silent
 from engram_vision.grid import draw_grid
 from engram_vision.loading import list_engrams, load_engram, unload_engrams
 from engram_vision.models import load_pipeline, model_fingerprint, pick_device
@@ -81,9 +81,8 @@ def generate(settings: GenerateSettings, *, overwrite: bool = False, watcher: Wa
     pipeline = load_pipeline(settings.model, precision=settings.precision, device=device)
     # Loaded before anything is drawn, because they may not fit the model or one another.
     _load(pipeline, adapters)
-    for chosen in adapters:
-        for sentence in find_silent(pipeline, chosen.adapter, [drawing.prompt for drawing in drawings]):
-            watcher.note(sentence)
+    for sentence in _list_notes(pipeline, adapters, [drawing.prompt for drawing in drawings]):
+        watcher.note(sentence)
     make_folder(settings.output)
 
     pictures: dict[str, list[Image.Image]] = {}
@@ -118,6 +117,13 @@ def generate(settings: GenerateSettings, *, overwrite: bool = False, watcher: Wa
         save_png(draw_grid(variants, rows), grid_path, {}, overwrite=overwrite)
     watcher.end()
     return GenerateReport(files=tuple(files), grid=grid_path, seconds=time.monotonic() - started)
+
+
+def _list_notes(pipeline: Any, adapters: Sequence[_Chosen], prompts: Sequence[str]) -> list[str]:
+    """Return what to tell about prompts: triggers that stay silent, and other ends that are cut off."""
+    silent = [sentence for chosen in adapters for sentence in find_silent(pipeline, chosen.adapter, prompts)]
+    others = [prompt for prompt in prompts if not any(repr(prompt) in sentence for sentence in silent)]
+    return silent + find_cut(pipeline, others)
 
 
 def save_png(image: Image.Image, path: Path, facts: Mapping[str, str], *, overwrite: bool) -> None:

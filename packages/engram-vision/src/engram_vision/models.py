@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
-import logging
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils import logging as diffusers_logging
-from transformers.utils import logging as transformers_logging
 
 from engram_core import InputError
+from engram_vision.quiet import quiet_libraries
 from engram_vision.settings import Device, Precision
 from engram_vision.shipped import TINY, tiny_fingerprint, tiny_folder
 
@@ -64,7 +61,8 @@ def load_pipeline(model: str, *, precision: Precision = "fp32", device: torch.de
         InputError: it cannot be found or read, or is another kind of model.
     """
     source = tiny_folder() if model == TINY else Path(model).expanduser()
-    with _quiet():
+    with quiet_libraries(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # no safety checker, slow loading, missing torchvision: all meant
         if source.is_dir():
             _check_index(model, _read_index(source))
             pipeline = _load_parts(model, str(source), _DTYPES[precision])
@@ -181,24 +179,3 @@ def _load(model: str, remedy: str, loader: Any, source: str, **options: Any) -> 
 
 def _looks_like_path(model: str) -> bool:
     return model.startswith((".", "/", "~")) or model.count("/") != 1 or model.endswith(_SINGLE_FILES)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep libraries from talking about what is meant: no safety checker, slow loading, missing torchvision."""
-    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        bars = [module for module in (diffusers_logging, transformers_logging) if module.is_progress_bar_enabled()]
-        for module in bars:
-            module.disable_progress_bar()
-        try:
-            yield
-        finally:
-            for module in bars:
-                module.enable_progress_bar()
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import ResNetForImageClassification
 
 from engram_core import InputError
+from engram_vision.quiet import quiet_libraries
 
 __all__ = ["Judge", "to_inputs"]
 
@@ -85,7 +86,8 @@ class Judge:
 
 
 def _load(folder: Path) -> ResNetForImageClassification:
-    model = ResNetForImageClassification.from_pretrained(folder, dtype=torch.float32)
+    with quiet_libraries():
+        model = ResNetForImageClassification.from_pretrained(folder, dtype=torch.float32)
     model.requires_grad_(False).train(False)
     return model
 
