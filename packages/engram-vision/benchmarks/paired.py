@@ -10,11 +10,15 @@ from time import perf_counter
 from typing import TypeVar
 
 import torch
+from quiet import Others, wait_for_quiet
 
 Case = TypeVar("Case", bound=Hashable)
 Call = Callable[[], object]
 
 BARE, AGAIN = "bare", "bare again"
+_WARM_UP = 3  # rounds
+_BLOCK = 2.0  # seconds of rounds that count, or that do not because other programs disturbed them
+_REPEATS = 200  # of blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,13 +64,25 @@ def time_rounds(cases: Mapping[Case, Callable[[int], Call]], rounds: int, device
         device: its queue is emptied before a clock is read.
     """
     seconds: dict[Case, list[float]] = {case: [] for case in cases}
-    shuffle = random.Random(0).shuffle
-    order = list(cases)
-    for number in range(-3, rounds):  # the first few warm up
-        shuffle(order)
+    order, shuffle = list(cases), random.Random(0).shuffle
+    for number in range(_WARM_UP):
         for case in order:
-            elapsed = time_call(cases[case](max(number, 0)), device)
-            if number >= 0:
+            cases[case](number)()
+    others, repeats, done = Others(), 0, 0
+    while done < rounds:
+        others.restart()
+        end = perf_counter() + _BLOCK
+        block = []
+        while len(block) < rounds - done and (not block or perf_counter() < end):
+            shuffle(order)
+            block.append({case: time_call(cases[case](done + len(block)), device) for case in order})
+        if others.disturbed() and repeats < _REPEATS:
+            repeats += 1
+            wait_for_quiet()
+            continue
+        done += len(block)
+        for timed in block:
+            for case, elapsed in timed.items():
                 seconds[case].append(elapsed)
     return seconds
 

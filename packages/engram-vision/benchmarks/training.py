@@ -58,8 +58,8 @@ class Size:
     steps: int
 
 
-TINY = {"model": "tiny", "resolution": 64, "precision": "fp32", "rounds": 5, "warm_up": 5, "steps": 30}
-FULL = {"model": "full", "batch_size": 1, "precision": "bf16", "rounds": 3, "warm_up": 1, "steps": 4}
+TINY = {"model": "tiny", "resolution": 64, "precision": "fp32", "rounds": 3, "warm_up": 3, "steps": 15}
+FULL = {"model": "full", "batch_size": 1, "precision": "bf16", "rounds": 1, "warm_up": 1, "steps": 2}
 SIZES = {
     "cpu": (
         Size(name="Tiny model, 64 px, batch of 4, fp32", batch_size=4, **TINY),
@@ -71,7 +71,7 @@ SIZES = {
         Size(name="Tiny model, 64 px, batch of 4, fp32", batch_size=4, **TINY),
         Size(
             name="SD1.5's size, 512 px, batch of 4, bf16",
-            **FULL | {"resolution": 512, "batch_size": 4, "rounds": 5, "warm_up": 5, "steps": 30},
+            **FULL | {"resolution": 512, "batch_size": 4, "rounds": 3, "warm_up": 3, "steps": 15},
         ),
     ),
 }
@@ -87,8 +87,7 @@ def run(*, quick: bool, device: str) -> Outcome:
         for size in sizes:
             if size.model not in models:
                 models[size.model] = _write_model(folder)
-            rounds, steps = (1, 3) if quick else (size.rounds, size.steps)
-            samples = _measure(folder, models[size.model], size, device, rounds=rounds, steps=steps)
+            samples = _measure(folder, models[size.model], size, device, quick=quick)
             threads = samples["model"][0]["threads"]
             tables.append(_table(size, samples, "GPU" if device == "cuda" else f"{threads} threads"))
             figures[size.name] = _figures(samples)
@@ -105,8 +104,9 @@ def _write_model(folder: Path) -> str:
     return str(folder / "model")
 
 
-def _measure(folder: Path, model: str, size: Size, device: str, *, rounds: int, steps: int) -> dict[str, list[Sample]]:
+def _measure(folder: Path, model: str, size: Size, device: str, *, quick: bool) -> dict[str, list[Sample]]:
     """Return the samples of all ways, one process each in turn."""
+    rounds, steps, repeats = (1, 3, 0) if quick else (size.rounds, size.steps, REPEATS)
     data = folder / f"pictures-{size.resolution}"
     if not data.exists():
         write_pictures(data, size.resolution)
@@ -114,38 +114,37 @@ def _measure(folder: Path, model: str, size: Size, device: str, *, rounds: int, 
     for number in range(rounds):
         for way in ("model", *WAYS) if number == 0 else WAYS:
             print(f"{size.name}, round {number + 1} of {rounds}: {way} ...", file=sys.stderr, flush=True)
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                task = {
-                    "way": way,
-                    "model": model,
-                    "data": str(data),
-                    "scratch": scratch,
-                    "resolution": size.resolution,
-                    "batch_size": size.batch_size,
-                    "precision": size.precision,
-                    "device": device,
-                    "warm_up": size.warm_up,
-                    "steps": steps,
-                }
-                samples.setdefault(way, []).append(_run_undisturbed(task, repeats=0 if quick else REPEATS))
+            task = {
+                "way": way,
+                "model": model,
+                "data": str(data),
+                "resolution": size.resolution,
+                "batch_size": size.batch_size,
+                "precision": size.precision,
+                "device": device,
+                "warm_up": size.warm_up,
+                "steps": steps,
+            }
+            samples.setdefault(way, []).append(_run_undisturbed(folder, task, repeats=repeats))
     return samples
 
 
-def _run_undisturbed(task: Mapping[str, Any], *, repeats: int) -> Sample:
+def _run_undisturbed(folder: Path, task: Mapping[str, Any], *, repeats: int) -> Sample:
     """Return a sample; does it again while other programs computed meanwhile."""
     for _ in range(repeats):
         wait_for_quiet()
-        sample = _run_child(task)
+        sample = _run_child(folder, task)
         if sample["others"] <= LIMIT:
             return sample
-    return _run_child(task)
+    return _run_child(folder, task)
 
 
-def _run_child(task: Mapping[str, Any]) -> Sample:
-    command = [sys.executable, HERE / "steps.py", json.dumps(task)]
+def _run_child(folder: Path, task: Mapping[str, Any]) -> Sample:
     # Nothing is looked up on the hub: all that is loaded is here.
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        command = [sys.executable, HERE / "steps.py", json.dumps({**task, "scratch": scratch})]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         raise RuntimeError(f"{task['way']} failed with status {done.returncode}:\n{done.stderr}")
     sample: Sample = json.loads(done.stdout.splitlines()[-1])

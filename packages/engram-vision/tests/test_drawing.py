@@ -132,6 +132,11 @@ def test_any_label_fits(label):
     assert (beside == 255).all()
 
 
+def test_drawing_prints_nothing_even_of_long_prompts(base, capfd):
+    draw(base, drawings("a red ball " * 11), **OPTIONS)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_prompts_that_are_too_long_are_named_with_both_numbers(base):
     (tokenizer,) = pipeline_tokenizers(base).values()
     long = "forest " * (tokenizer.max_tokens + 1)

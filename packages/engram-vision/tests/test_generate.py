@@ -309,6 +309,14 @@ def test_a_trigger_that_stays_silent_is_told(run, files, base, tmp_path):
     assert "not registered" in log.notes[0]
 
 
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_a_prompt_that_is_cut_off_is_told(run, files, with_adapter):
+    log = Log()
+    run(log, adapters=(files[0],) if with_adapter else (), prompts=("a blue hat " * 11, "a red ball"), seeds=(0, 1))
+    assert len(log.notes) == 1
+    assert "33 tokens, clip_l reads 30; the rest has no effect" in log.notes[0]
+
+
 # Writing
 
 

@@ -326,7 +326,8 @@ RULES = ["absolute", "absolute-tanh", "relative"]
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("trigger", [TRIGGER, LOUD, "mira voss", "zor quell zor quell"])
 def test_a_trigger_begins_near_the_words_that_describe_it(base, trigger, rule, overlap):
-    scale = 0.05 if rule == "relative" and overlap == "sum" else 0.5
+    # Under the relative rule scale and number of entries alone tell how far the states move; a little helps.
+    scale = {"sum": 0.01, "mean": 0.2}[overlap] if rule == "relative" else 0.5
     stream = described(base, trigger, WORDS, rule=rule, overlap=overlap, scale=scale)
     length, n_words = len(stream.registry.variants[0].ids), 4
     for before in ("", "a photo of "):
@@ -375,9 +376,9 @@ def test_a_description_without_effect_is_refused(base, words, scale, told):
 
 
 def test_a_trigger_that_fills_the_encoder_is_described_without_more_words_around_it(base):
-    trigger = "zor bit " * 14 + "quell"
-    stream = described(base, trigger.strip(), WORDS, rule="absolute", overlap="sum", scale=0.5)
-    assert len(stream.registry.variants[0].ids) > 26
+    trigger = "zorbit " * 13 + "quell"
+    stream = described(base, trigger, WORDS, rule="absolute", overlap="sum", scale=0.5)
+    assert len(stream.registry.variants[0].ids) == 28
     assert bool(stream.vectors.isfinite().all())
 
 
