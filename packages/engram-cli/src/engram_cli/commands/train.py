@@ -133,8 +133,13 @@ def train(
     ] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Weight decay of AdamW.", rich_help_panel=_STEPS)] = None,
     max_grad_norm: Annotated[
-        float | None,
-        typer.Option(help="Gradients are scaled down to this norm; 0 leaves them.", rich_help_panel=_STEPS),
+        Any,
+        typer.Option(
+            parser=parse_value,
+            metavar="NUMBER",
+            help="Gradients are scaled down to this norm; 0 leaves them.",
+            rich_help_panel=_STEPS,
+        ),
     ] = None,
     min_snr: Annotated[
         Any,
