@@ -231,6 +231,13 @@ def test_a_run_is_not_begun_over_another_by_accident(interrupted, uninterrupted)
     assert steps_of(settings) == steps
 
 
+def test_a_run_that_is_begun_anew_forgets_the_one_before(interrupted):
+    stop_at(interrupted, 1, interrupt_here, overwrite=True)
+    with pytest.raises(InputError, match="nothing to resume"):
+        train(interrupted, resume=True)
+    assert steps_of(interrupted) == []
+
+
 def test_a_run_that_cannot_begin_leaves_the_state_of_the_one_before(interrupted, tmp_path, model):
     before = state_of(interrupted).read_bytes()
     with pytest.raises(InputError, match="does not exist"):

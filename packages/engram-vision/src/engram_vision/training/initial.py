@@ -40,7 +40,8 @@ def describe_vectors(
 
     The words' states are stretched over the trigger's T tokens and compared with the trigger's own, in a few
     contexts. Entries overlap, so the vectors are the smallest ones (least squares) whose sums, or means, give the
-    difference. Under the relative rule only directions count: each vector takes that of the difference it covers.
+    difference. Under the relative rule only their directions count: the states move towards the words', and how far is
+    up to the scale.
 
     Args:
         pipeline: with its text encoder.
@@ -63,11 +64,8 @@ def describe_vectors(
     for variant in registry.variants:
         target = differences[_stretch(len(differences), len(variant.ids))]
         spans, covers = _cover(variant.ids, registry.max_ngram)
-        if rule == "relative":
-            solution = covers.T @ target
-        else:
-            weights = covers / covers.sum(dim=1, keepdim=True) if overlap == "mean" else covers
-            solution = torch.linalg.pinv(weights) @ target
+        weights = covers / covers.sum(dim=1, keepdim=True) if overlap == "mean" else covers
+        solution = torch.linalg.pinv(weights) @ target
         for span, vector in zip(spans, solution, strict=True):
             vectors.setdefault(slot_of[span], vector)
     return torch.stack([vectors[slot] for slot in range(registry.n_slots)])
