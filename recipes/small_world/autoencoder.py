@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +11,15 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from recipes.small_world.state import Average, cosine, load_state, save_state
+from recipes.small_world.training import Report, fit
 
 BATCH = 16
 PEAK_RATE = 1.5e-3
 KL_WEIGHT = 1e-3
 EDGE_WEIGHT = 0.5
-_SAVE_EVERY = 250
+_SHOWN = 256
 
 Images = npt.NDArray[np.uint8]
-Report = Callable[[str], None]
 
 
 def build_autoencoder() -> AutoencoderKL:
@@ -57,34 +54,35 @@ def train_autoencoder(images: Images, folder: Path, *, steps: int, seed: int, re
     """
     torch.manual_seed(seed)
     model = build_autoencoder()
-    optimizer = torch.optim.AdamW(model.parameters(), PEAK_RATE, weight_decay=1e-4)
-    average = Average(model, 0.998)
-    state = folder / "autoencoder.safetensors"
-    begin = load_state(state, {"vae": model}, optimizer, {"vae": average})
-    started, total = time.monotonic(), 0.0
-    for step in range(begin, steps):
+
+    def loss_of(step: int) -> Tensor:
         rng = np.random.default_rng([seed, step])
         torch.manual_seed(seed * 1_000_003 + step)
-        optimizer.param_groups[0]["lr"] = cosine(step, steps, peak=PEAK_RATE)
         pictures = to_pixels(images[np.sort(rng.choice(len(images), BATCH, replace=False))])
         with torch.autocast("cpu", torch.bfloat16):
             posterior = model.encode(pictures).latent_dist
             decoded = model.decode(posterior.sample()).sample
         error = decoded.float() - pictures
-        loss = error.abs().mean() + EDGE_WEIGHT * _edges(error) + KL_WEIGHT * _divergence(posterior)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        average.update(model, step)
-        total += float(error.detach().square().mean())
-        if (step + 1) % _SAVE_EVERY == 0 or step + 1 == steps:
-            save_state(state, step + 1, {"vae": model}, optimizer, {"vae": average})
-            psnr = 10 * np.log10(4 / (total / min(_SAVE_EVERY, step + 1 - begin)))
-            report(f"autoencoder {step + 1}/{steps}: {psnr:.2f} dB, {time.monotonic() - started:.0f} s")
-            total = 0.0
-    model.load_state_dict(average.values)
-    return model.eval()
+        loss: Tensor = error.abs().mean() + EDGE_WEIGHT * _edges(error) + KL_WEIGHT * _divergence(posterior)
+        return loss
+
+    weights = fit(
+        "autoencoder",
+        {"vae": model},
+        loss_of,
+        folder=folder,
+        steps=steps,
+        peak_rate=PEAK_RATE,
+        decay=0.998,
+        weight_decay=1e-4,
+        save_every=250,
+        report=report,
+    )
+    model.load_state_dict(dict(weights["vae"]))
+    redrawn = redraw_images(model.eval(), images[:_SHOWN]).astype(np.float32)
+    error = np.square(redrawn - images[:_SHOWN]).mean()
+    report(f"autoencoder: {10 * np.log10(255**2 / error):.2f} dB")
+    return model
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,20 +10,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from recipes.small_world.state import Average, cosine, load_state, save_state
 from recipes.small_world.tokenizer import MAX_LENGTH
+from recipes.small_world.training import Report, Weights, fit
 from recipes.small_world.world import SIZE, Box
 
 BATCH = 64
 PEAK_RATE = 1.2e-3
 EMPTY_CAPTIONS = 0.1
 SUBJECT_WEIGHT = 2.25
-_SAVE_EVERY = 200
-
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -33,6 +29,17 @@ class Denoiser:
 
     text: CLIPTextModel
     unet: UNet2DConditionModel
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Return the models by name."""
+        return {"text": self.text, "unet": self.unet}
+
+    def load(self, weights: Weights) -> Denoiser:
+        """Take over weights by the models' names; returns itself, ready to draw."""
+        for name, module in self.modules().items():
+            module.load_state_dict(dict(weights[name]))
+            module.eval()
+        return self
 
 
 def build_denoiser(tokenizer: CLIPTokenizer) -> Denoiser:
@@ -132,8 +139,7 @@ def train_denoiser(
     steps: int,
     seed: int,
     report: Report,
-    preview: Callable[[Denoiser, int], None] | None = None,
-    preview_every: int = 2000,
+    preview: Callable[[Weights, int], None] | None = None,
 ) -> Denoiser:
     """Train both models; goes on where an earlier call stopped.
 
@@ -144,27 +150,14 @@ def train_denoiser(
         steps: in all.
         seed: initial weights, batches and noise.
         report: called with a line now and then.
-        preview: called with the averaged models now and then.
-        preview_every: steps between previews.
+        preview: called with the averaged weights now and then.
     """
     torch.manual_seed(seed)
-    models, averaged = build_denoiser(tokenizer), build_denoiser(tokenizer)
-    modules = {"text": models.text, "unet": models.unet}
-    parameters = [parameter for module in modules.values() for parameter in module.parameters()]
-    optimizer = torch.optim.AdamW(parameters, PEAK_RATE, betas=(0.9, 0.99), weight_decay=1e-2)
-    average = {name: Average(module, 0.9995) for name, module in modules.items()}
-    state = folder / "denoiser.safetensors"
-    begin = load_state(state, modules, optimizer, average)
+    models = build_denoiser(tokenizer)
     noiser = DDPMScheduler.from_config(build_scheduler().config)
     empty = tokenize(tokenizer, [""])[0]
-    started, total = time.monotonic(), 0.0
 
-    def ready() -> Denoiser:
-        averaged.text.load_state_dict(average["text"].values)
-        averaged.unet.load_state_dict(average["unet"].values)
-        return Denoiser(text=averaged.text.eval(), unet=averaged.unet.eval())
-
-    for step in range(begin, steps):
+    def loss_of(step: int) -> Tensor:
         rng = torch.Generator().manual_seed(seed * 1_000_003 + step)
         rows = torch.randint(len(lessons.latents), (BATCH,), generator=rng)
         latents = lessons.latents[rows]
@@ -172,27 +165,25 @@ def train_denoiser(
         noise = torch.randn(latents.shape, generator=rng)
         # One time in each of BATCH equal parts: even coverage makes the loss less noisy than free draws.
         times = ((torch.arange(BATCH) + torch.rand(BATCH, generator=rng)) * (1000 / BATCH)).long()
-        for group in optimizer.param_groups:
-            group["lr"] = cosine(step, steps, peak=PEAK_RATE)
         with torch.autocast("cpu", torch.bfloat16):
             states = models.text(input_ids=ids).last_hidden_state
             guess = models.unet(noiser.add_noise(latents, noise, times), times, states).sample
         error = (guess.float() - noiser.get_velocity(latents, noise, times)).square()
-        loss = (error * lessons.weights[rows][:, None]).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        for name, module in modules.items():
-            average[name].update(module, step)
-        total += float(loss.detach())
-        if (step + 1) % _SAVE_EVERY == 0 or step + 1 == steps:
-            save_state(state, step + 1, modules, optimizer, average)
-            spent = time.monotonic() - started
-            left = spent / (step + 1 - begin) * (steps - step - 1)
-            mean = total / min(_SAVE_EVERY, step + 1 - begin)
-            report(f"denoiser {step + 1}/{steps}: loss {mean:.4f}, {spent:.0f} s, {left:.0f} s to go")
-            total = 0.0
-        if preview is not None and (step + 1) % preview_every == 0:
-            preview(ready(), step + 1)
-    return ready()
+        loss: Tensor = (error * lessons.weights[rows][:, None]).mean()
+        return loss
+
+    return models.load(
+        fit(
+            "denoiser",
+            models.modules(),
+            loss_of,
+            folder=folder,
+            steps=steps,
+            peak_rate=PEAK_RATE,
+            decay=0.9995,
+            weight_decay=1e-2,
+            betas=(0.9, 0.99),
+            report=report,
+            preview=preview,
+        )
+    )

@@ -53,7 +53,8 @@ def save_state(
         tensors |= {f"optimizer/{index}/{name}": torch.as_tensor(value) for name, value in moments.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    save_file({name: value.contiguous() for name, value in tensors.items()}, partial)
+    # Copies, because safetensors refuses tensors that share memory (T5 has its embeddings under two names).
+    save_file({name: value.detach().clone().contiguous() for name, value in tensors.items()}, partial)
     partial.replace(path)
 
 

@@ -4,15 +4,18 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from transformers import T5Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from recipes.small_world import autoencoder, denoiser
+from recipes.small_world import autoencoder, denoiser, training, transformer, unigram
 from recipes.small_world.captions import SCENE_PHRASES, describe_monster, invent_name, write_caption
+from recipes.small_world.checkpoint35 import assemble
 from recipes.small_world.judge import GROUPS, label
 from recipes.small_world.references import write_references
 from recipes.small_world.scenes import SCENES, draw_scene
@@ -110,11 +113,10 @@ def test_the_tokenizer_is_of_clips_kind(tmp_path, captions):
 
 
 def test_the_autoencoder_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(autoencoder, "_SAVE_EVERY", 2)
     images = np.random.default_rng(0).integers(0, 256, (32, SIZE, SIZE, 3), np.uint8)
     lines = []
     whole = autoencoder.train_autoencoder(images, tmp_path / "whole", steps=4, seed=0, report=lines.append)
-    monkeypatch.setattr(autoencoder, "cosine", lambda step, steps, **rest: cosine_of_four(step, **rest))
+    monkeypatch.setattr(training, "cosine", lambda step, steps, **rest: cosine_of_four(step, **rest))
     autoencoder.train_autoencoder(images, tmp_path / "parts", steps=2, seed=0, report=lines.append)
     resumed = autoencoder.train_autoencoder(images, tmp_path / "parts", steps=4, seed=0, report=lines.append)
     for name, value in whole.state_dict().items():
@@ -140,3 +142,54 @@ def test_the_denoiser_learns_and_goes_on_where_it_stopped(tmp_path, captions, mo
     for name, value in models.unet.state_dict().items():
         assert torch.equal(value, again.unet.state_dict()[name]), name
     assert len(lines) == 1  # the second call had nothing left to do
+
+
+def test_the_unigram_tokenizer_is_of_t5s_kind(tmp_path, captions):
+    tokenizer = unigram.train_unigram(unigram.vary_case(captions, 0), tmp_path)
+    ids = tokenizer("a monster in the forest").input_ids
+    assert tokenizer.convert_ids_to_tokens(ids) == ["▁a", "▁monster", "▁in", "▁the", "▁forest", "</s>"]
+    assert tokenizer.unk_token_id not in tokenizer('"ZORBIT", (it\'s) [x]: 12-3!').input_ids
+    assert tokenizer("A Monster").input_ids != tokenizer("a monster").input_ids
+    assert T5Tokenizer.from_pretrained(tmp_path)("Zorbit Quell").input_ids == tokenizer("Zorbit Quell").input_ids
+    for name in CHARACTERS:
+        assert len(tokenizer.tokenize(name)) >= 4
+
+
+def test_the_transformer_learns_and_goes_on_where_it_stopped(tmp_path, captions, monkeypatch):
+    monkeypatch.setattr(transformer, "BATCH", 4)
+    first = train_tokenizer(captions, tmp_path / "tokenizer")
+    readers = transformer.build_readers(tmp_path / "tokenizer", captions, tmp_path / "third", 0)
+    ids = denoiser.tokenize(readers.first, captions[:20])
+    repadded = transformer.repad(ids, readers.first.pad_token_id, readers.second.pad_token_id)
+    assert torch.equal(repadded, denoiser.tokenize(readers.second, captions[:20]))
+    latents = torch.randn(8, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    lessons = denoiser.prepare_lessons(latents, captions[:8], [((10, 17, 54, 61),)] * 8, first)
+    lines = []
+
+    def learn():
+        torch.manual_seed(0)
+        models = transformer.build_models(readers, denoiser.build_denoiser(first).text)
+        return transformer.train_transformer(
+            models, lessons, captions[:8], readers, tmp_path / "run", steps=2, seed=0, report=lines.append
+        )
+
+    models, again = learn(), learn()
+    for name, value in models.transformer.state_dict().items():
+        assert torch.equal(value, again.transformer.state_dict()[name]), name
+    assert len(lines) == 1  # the second call had nothing left to do
+
+
+def test_what_the_transformer_learns_from_is_what_the_pipeline_gives_it(tmp_path, captions):
+    first = train_tokenizer(captions, tmp_path / "tokenizer")
+    readers = transformer.build_readers(tmp_path / "tokenizer", captions, tmp_path / "third", 0)
+    models = transformer.build_models(readers, denoiser.build_denoiser(first).text)
+    pipeline = assemble(models, readers, autoencoder.build_autoencoder())
+    text = [captions[0]]
+    embeds, _, pooled, _ = pipeline.encode_prompt(text, None, None, max_sequence_length=unigram.MAX_LENGTH)
+    seen = {}
+    models.transformer.forward = lambda **arguments: seen.update(arguments) or SimpleNamespace(sample=torch.zeros(1))
+    ids = {"clip_l": denoiser.tokenize(readers.first, text), "clip_g": denoiser.tokenize(readers.second, text)}
+    ids["t5"] = torch.tensor(readers.third(text, padding="max_length", max_length=unigram.MAX_LENGTH)["input_ids"])
+    transformer.guess_velocity(models, ids, torch.ones(1), torch.zeros(1, 4, 16, 16), torch.ones(1))
+    assert torch.equal(seen["encoder_hidden_states"], embeds)
+    assert torch.equal(seen["pooled_projections"], pooled)

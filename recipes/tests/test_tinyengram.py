@@ -9,7 +9,7 @@ from PIL import Image
 
 from engram_core import open_adapter
 from engram_core.settings import Layer, resolve_settings
-from engram_vision import TrainSettings, train
+from engram_vision import SD15TrainSettings, train
 from engram_vision.shipped import characters_folder
 
 if sys.version_info < (3, 11):
@@ -44,7 +44,7 @@ def values():
 
 
 def test_the_recipe_holds_the_published_values(values):
-    settings = resolve_settings(TrainSettings, [Layer(source="recipe", values=values)])
+    settings = resolve_settings(SD15TrainSettings, [Layer(source="recipe", values=values)])
     assert {name: getattr(settings, name) for name in PUBLISHED} == PUBLISHED
 
 
@@ -59,7 +59,7 @@ def test_the_recipe_runs_on_the_tiny_checkpoint(values, tmp_path):
     (data / "metadata.json").write_text(json.dumps(captions), encoding="utf-8")
     changed = {"model": "tiny", "data": data, "output": tmp_path / "aldric.safetensors", "resolution": 64, "steps": 3}
     layers = [Layer(source="recipe", values=values), Layer(source="test", values=changed)]
-    report = train(resolve_settings(TrainSettings, layers))
+    report = train(resolve_settings(SD15TrainSettings, layers))
     (concept,) = open_adapter(report.output).concepts()
     assert (concept.record.trigger, concept.record.activation) == (PUBLISHED["trigger"], "spans")
     assert {len(entry) for entry in concept.streams["clip_l"].entries} >= set(range(2, 8))

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-COMMANDS = ["merge", "extract", "inspect", "convert", "doctor", "train", "generate", "data", "eval", "demo"]
+COMMANDS = ["merge", "extract", "inspect", "convert", "push", "doctor", "train", "generate", "data", "eval", "demo"]
 ABSENT = ["data", "eval"]
 
 
@@ -64,7 +64,9 @@ def test_help_imports_neither_torch_nor_numpy(world, arguments):
 def test_inspect_imports_neither_torch_nor_rich(world):
     loaded = modules_after(world, "inspect", world.build("aldric", "Aldric Vortex"))
     assert "engram_core" in loaded
-    assert not {"torch", "transformers", "diffusers", "rich", "tokenizers"} & loaded  # it must answer at once
+    # It must answer at once.
+    assert not {"torch", "transformers", "diffusers", "rich", "tokenizers", "huggingface_hub"} & loaded
+    assert "engram_core.hub" not in loaded
 
 
 def test_inspecting_a_prompt_imports_no_torch(world):

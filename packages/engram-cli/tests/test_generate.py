@@ -86,9 +86,9 @@ def test_an_at_sign_may_be_part_of_a_files_name(engram, toy, world, adapter):
         done = engram("generate", "-a", words, *PROMPT)
         assert done.status == 1
         assert done.err.startswith(f"error: {file}: ")
-    # What is wrong with a strength the backbone says.
-    assert engram("generate", "-a", "me@2@much", *PROMPT).status == 0
-    assert toy.calls[-1][0].adapters == ("me@2@much",)
+    done = engram("generate", "-a", "me@2@much", *PROMPT)
+    assert done.status == 1
+    assert "error: me@2@much: 'much' after @ is not a number; expected FILE@0.8" in done.err
 
 
 def test_without_adapters_the_backbone_is_needed(engram, toy, world):

@@ -116,9 +116,10 @@ def test_every_setting_of_the_image_backbones_has_a_flag_and_no_flag_is_without_
     from engram_cli.options import NOT_SETTINGS
 
     commands = typer.main.get_command(build_app()).commands
-    for command, kind in (("train", settings.TrainSettings), ("generate", settings.GenerateSettings)):
+    for command, ending in (("train", "TrainSettings"), ("generate", "GenerateSettings")):
         flags = {parameter.name for parameter in commands[command].params} - NOT_SETTINGS - {"help"}
-        assert flags == {field.name for field in fields(kind)}
+        kinds = [getattr(settings, family + ending) for family in ("SD15", "SDXL", "SD35")]
+        assert flags == {field.name for kind in kinds for field in fields(kind)}
 
 
 # The file
@@ -309,7 +310,7 @@ def talk(world, site, words, answers):
     shown, left, last = "", list(answers), b""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        if not select.select([main], [], [], 1)[0]:
+        if not select.select([main], [], [], 5)[0]:
             # Python misses a Ctrl-C that comes just before it begins to wait; people press it again.
             if last == b"\x03":
                 os.write(main, last)

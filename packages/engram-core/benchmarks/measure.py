@@ -59,7 +59,7 @@ class Outcome:
     def all_tables(self) -> list[Table]:
         """Return the tables, the bounds as the last of them."""
         rows = [
-            (bound.what, f"{bound.value:.2f}", f"{bound.limit:g} {bound.unit}", "yes" if bound.met else "**no**")
+            (bound.what, f"{bound.value:.4g}", f"{bound.limit:g} {bound.unit}", "yes" if bound.met else "**no**")
             for bound in self.bounds
         ]
         bounds = Table(title="Bounds", columns=("bound", "measured", "at most", "met"), rows=rows)

@@ -32,11 +32,9 @@ _PIECE = 1 << 22  # values written at a time
 CLIP = TokenizerSpec(class_name="CLIPTokenizer", vocab_size=VOCABULARY, fingerprint="0" * 64)
 
 
-def manifest(widths: Mapping[str, int], tokenizer: TokenizerSpec = CLIP) -> Manifest:
+def manifest(widths: Mapping[str, int], tokenizer: TokenizerSpec = CLIP, site: str = "last_hidden_state") -> Manifest:
     """Return a manifest with streams of these widths."""
-    streams = {
-        name: StreamSpec(width=width, site="last_hidden_state", tokenizer=tokenizer) for name, width in widths.items()
-    }
+    streams = {name: StreamSpec(width=width, site=site, tokenizer=tokenizer) for name, width in widths.items()}
     return Manifest(backbone="sd35" if len(widths) > 1 else "sd15", base_model="synthetic", streams=streams)
 
 
@@ -70,6 +68,7 @@ def write_table(
     rule: str = "relative",
     triggers: npt.NDArray[np.int32] | None = None,
     tokenizer: TokenizerSpec = CLIP,
+    site: str = "last_hidden_state",
 ) -> None:
     """Write an adapter with many concepts without building each: the same triggers in every stream.
 
@@ -81,6 +80,7 @@ def write_table(
         rule: of all concepts.
         triggers: int32 [C, 7], no two alike; None draws them.
         tokenizer: whose ids they are.
+        site: which states are edited.
     """
     triggers = draw_triggers(n_concepts) if triggers is None else triggers
     ids = np.concatenate([entries.reshape(n_concepts, -1) for _, entries in cut_entries(triggers)], axis=1)
@@ -113,7 +113,7 @@ def write_table(
         shapes[f"{name}.scales"] = "F32", (n_concepts, width)
     values = list(shapes.items())
     shapes |= {key: (dtype, array.shape) for key, (dtype, array) in arrays.items()}
-    writer = ContainerWriter(target, pack_metadata(manifest(widths, tokenizer)), shapes)
+    writer = ContainerWriter(target, pack_metadata(manifest(widths, tokenizer, site)), shapes)
     for key, (_, array) in arrays.items():
         writer.write(key, np.ascontiguousarray(array))
     noise = np.random.default_rng(1).standard_normal(_PIECE, np.float32)

@@ -1,6 +1,6 @@
-"""What is measured on: models of Stable Diffusion 1.5's size with random weights, and pictures with captions.
+"""What is measured on: models of full size with random weights, and pictures with captions.
 
-`python checkpoints.py FOLDER` writes such a model in bfloat16; time and memory do not depend on the weights.
+`python checkpoints.py sd15|sd35 FOLDER` writes such a model in bfloat16; time and memory do not depend on the weights.
 """
 
 from __future__ import annotations
@@ -39,6 +39,39 @@ VAE = {
     "latent_channels": 4,
     "scaling_factor": 0.18215,
 }
+# The values of Stable Diffusion 3.5 medium's configuration files.
+TRANSFORMER = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 24,
+    "attention_head_dim": 64,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 384,
+    "dual_attention_layers": tuple(range(13)),
+    "qk_norm": "rms_norm",
+}
+VAE_16 = VAE | {
+    "sample_size": 1024,
+    "latent_channels": 16,
+    "scaling_factor": 1.5305,
+    "shift_factor": 0.0609,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+T5 = {
+    "vocab_size": 32128,
+    "d_model": 4096,
+    "d_ff": 10240,
+    "d_kv": 64,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}
 TEXT = {
     "vocab_size": 49408,
     "hidden_size": 768,
@@ -52,6 +85,14 @@ TEXT = {
     "eos_token_id": 49407,
     "pad_token_id": 49407,
 }
+TEXT_G = TEXT | {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "hidden_act": "gelu",
+    "projection_dim": 1280,
+}
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
 
@@ -62,7 +103,21 @@ def make_text_encoder() -> Any:
     return CLIPTextModel(CLIPTextConfig(**TEXT)).eval()
 
 
-def write_model(folder: Path) -> None:
+def make_second_encoder() -> Any:
+    """Return a text encoder of OpenCLIP ViT-bigG/14's size, the second one of XL and 3.5."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    return CLIPTextModelWithProjection(CLIPTextConfig(**TEXT_G)).eval()
+
+
+def make_t5_encoder(layers: int) -> Any:
+    """Return a text encoder of T5-XXL's width with the first of its 24 layers."""
+    from transformers import T5Config, T5EncoderModel
+
+    return T5EncoderModel(T5Config(**T5 | {"num_layers": layers})).eval()
+
+
+def write_sd15(folder: Path) -> None:
     """Write a pipeline of Stable Diffusion 1.5's size in diffusers layout: random weights, CLIP's own tokenizer."""
     import torch
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -80,6 +135,43 @@ def write_model(folder: Path) -> None:
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    ).save_pretrained(folder / "model")
+
+
+def write_sd35(folder: Path) -> None:
+    """Write a pipeline of Stable Diffusion 3.5 medium's size; T5 reads with the tiny checkpoint's tokenizer."""
+    import torch
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+        T5Config,
+        T5EncoderModel,
+        T5Tokenizer,
+    )
+
+    from engram_vision.shipped import tiny_folder
+
+    write_tokenizer(folder / "words")
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    words = CLIPTokenizer.from_pretrained(folder / "words")
+    StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(**TRANSFORMER),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=AutoencoderKL(**VAE_16),
+        text_encoder=CLIPTextModelWithProjection(CLIPTextConfig(**TEXT)),
+        tokenizer=words,
+        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**TEXT_G)),
+        tokenizer_2=words,
+        text_encoder_3=T5EncoderModel(T5Config(**T5)),
+        tokenizer_3=T5Tokenizer.from_pretrained(tiny_folder("sd35") / "tokenizer_3", model_max_length=512),
     ).save_pretrained(folder / "model")
 
 
@@ -117,4 +209,4 @@ def write_pictures(folder: Path, resolution: int) -> None:
 
 
 if __name__ == "__main__":
-    write_model(Path(sys.argv[1]))
+    {"sd15": write_sd15, "sd35": write_sd35}[sys.argv[1]](Path(sys.argv[2]))

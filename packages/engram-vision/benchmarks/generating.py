@@ -19,6 +19,7 @@ from prompts import SHOWN, Vocabulary
 
 from engram_core import Adapter
 from engram_vision.drawing import Drawing, draw, find_silent
+from engram_vision.families import SD15
 from engram_vision.loading import load_engram, unload_engrams
 from engram_vision.models import load_pipeline
 
@@ -31,7 +32,7 @@ ROUNDS = 60
 def run(*, quick: bool, device: str) -> Outcome:
     """Measure everything."""
     vocabulary = Vocabulary.tiny()
-    pipeline = load_pipeline("tiny", device=torch.device(device))
+    pipeline = load_pipeline(SD15, "tiny", device=torch.device(device))
     words = {number: word for word, number in vocabulary.words.items()}
     triggers = [" ".join(words[number] for number in row) for row in vocabulary.draw_triggers(SHOWN).tolist()]
     quiet = [f"a picture of {' '.join(reversed(trigger.split()))}" for trigger in triggers]

@@ -6,18 +6,19 @@ Shapes: C concepts, L positions.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from checkpoints import TEXT
+from checkpoints import T5, TEXT, TEXT_G
 from synthetic import CLIP, TRIGGER, VOCABULARY, write_table
 from torch import Tensor
 
 from engram_core import Adapter, TokenizerSpec, open_adapter
 from engram_core.huggingface import TokenizerSource, load_tokenizer
+from engram_vision.families import LAST, PENULTIMATE
 from engram_vision.shipped import tiny_folder
 
 STREAM = "clip_l"
@@ -34,6 +35,8 @@ class Vocabulary:
         start, end: ids that begin a text, and that end and pad it.
         length: L.
         width: channels of the encoder's states.
+        rule: of the concepts.
+        site: which states they edit.
     """
 
     tokenizer: TokenizerSpec
@@ -42,17 +45,31 @@ class Vocabulary:
     end: int
     length: int
     width: int
+    rule: str = "absolute"
+    site: str = LAST
 
     @classmethod
     def clip(cls) -> Vocabulary:
-        """Return CLIP's; any id may be a word, because nothing is tokenised."""
+        """Return CLIP-L's; any id may be a word, because nothing is tokenised."""
         words = {str(number): number for number in range(320, VOCABULARY - 2)}
         return cls(tokenizer=CLIP, words=words, start=49406, end=49407, length=77, width=TEXT["hidden_size"])
 
     @classmethod
+    def clip_g(cls) -> Vocabulary:
+        """Return CLIP-G's, under Stable Diffusion 3.5's default rule."""
+        width = TEXT_G["hidden_size"]
+        return replace(cls.clip(), width=width, rule="relative", site=PENULTIMATE)
+
+    @classmethod
+    def t5(cls) -> Vocabulary:
+        """Return T5-XXL's, likewise; its texts begin with no special token, so any other stands there."""
+        words = {str(number): number for number in range(320, T5["vocab_size"])}
+        return cls(tokenizer=CLIP, words=words, start=3, end=0, length=256, width=T5["d_model"], rule="relative")
+
+    @classmethod
     def tiny(cls) -> Vocabulary:
         """Return the shipped checkpoint's."""
-        folder = tiny_folder()
+        folder = tiny_folder("sd15")
         config = json.loads((folder / "text_encoder" / "config.json").read_text(encoding="utf-8"))
         tokenizer = load_tokenizer(str(folder), TokenizerSource(subfolder="tokenizer", max_length=None))
         tokens = json.loads((folder / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
@@ -85,14 +102,15 @@ class Vocabulary:
         return torch.from_numpy(ids)
 
     def write_adapter(self, path: Path, n_concepts: int) -> Adapter:
-        """Write an adapter with many concepts, under the rule that is Stable Diffusion 1.5's default, and open it."""
+        """Write an adapter with many concepts and open it."""
         with path.open("wb", buffering=0) as target:
             write_table(
                 target,
                 n_concepts,
                 {STREAM: self.width},
-                rule="absolute",
+                rule=self.rule,
                 triggers=self.draw_triggers(n_concepts),
                 tokenizer=self.tokenizer,
+                site=self.site,
             )
         return open_adapter(path)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from engram_core.settings import Layer, resolve_settings
-from engram_vision import TrainSettings, load_engram, train, unload_engrams
+from engram_vision import SD15TrainSettings, load_engram, train, unload_engrams
 from engram_vision.demo.characters import DemoCharacter, read_characters
 from engram_vision.demo.judge import Judge
 from engram_vision.drawing import Drawing, draw
@@ -48,7 +48,7 @@ def main() -> None:
     options = parser.parse_args()
     chosen = [name for name in VARIANTS if not options.variants or any(part in name for part in options.variants)]
     characters, phrases = read_characters()
-    judge, pipeline = Judge.load(judge_folder()), load_pipeline(TINY)
+    judge, pipeline = Judge.load(judge_folder()), load_pipeline(SD15.family, TINY)
     print("| settings | identity in new scenes | scene obeyed |\n| --- | --- | --- |")
     for name in chosen:
         results = [
@@ -81,7 +81,7 @@ def measure(
         if isinstance(values.get("init"), dict):
             values["init"] = values["init"][character.name]
         layers = [Layer(source="tiny", values=SD15.default_train_settings(TINY)), Layer(source="here", values=values)]
-        train(resolve_settings(TrainSettings, layers))
+        train(resolve_settings(SD15TrainSettings, layers))
         load_engram(pipeline, output)
         images = draw(pipeline, drawings, steps=20, guidance=4.0, batch_size=5)
         unload_engrams(pipeline)

@@ -25,17 +25,24 @@ from quiet import Others
 from torch import Tensor
 
 from engram_core import Watcher, open_adapter
+from engram_vision.backbone import ImageBackbone
+from engram_vision.conditions import Conditioner
 from engram_vision.dataset import CaptionedImage
+from engram_vision.families import Family, family_of
 from engram_vision.images import fit_square, load_picture
+from engram_vision.loading import pipeline_tokenizers
 from engram_vision.models import load_pipeline
+from engram_vision.sd15 import SD15
+from engram_vision.sd35 import SD35
 from engram_vision.settings import TrainSettings
-from engram_vision.training.diffusion import Diffusion
-from engram_vision.training.frozen import encode_texts, encode_views
-from engram_vision.training.preparation import STREAM, prepare, read_data
+from engram_vision.training.frozen import TextReader, encode_views
+from engram_vision.training.objectives import make_objective
+from engram_vision.training.preparation import prepare, read_data
 from engram_vision.training.trainer import train
 
 WORD = "<concept>"  # textual inversion's new word
 RANK = 4
+BACKBONES: Mapping[str, ImageBackbone] = {each.name: each for each in (SD15, SD35)}
 
 Step = Callable[[], object]
 
@@ -46,6 +53,7 @@ class Task:
 
     Attributes:
         way: a key of `WAYS`, `engram` or `model`.
+        backbone: a key of `BACKBONES`.
         model: the base model's folder, or `tiny`.
         data: folder of pictures with captions.
         scratch: an empty folder.
@@ -55,6 +63,7 @@ class Task:
     """
 
     way: str
+    backbone: str
     model: str
     data: str
     scratch: str
@@ -66,10 +75,15 @@ class Task:
     steps: int
 
     @property
+    def family(self) -> Family:
+        """Of the backbone."""
+        return BACKBONES[self.backbone].family
+
+    @property
     def settings(self) -> TrainSettings:
         """The task as the project's own trainer takes it: with its defaults, and without validation and saving."""
         n_steps = self.warm_up + self.steps
-        return TrainSettings(
+        return BACKBONES[self.backbone].train_settings(
             data=Path(self.data),
             trigger=TRIGGER,
             output=Path(self.scratch) / "concept.safetensors",
@@ -81,6 +95,15 @@ class Task:
             steps=n_steps,
             validate_every=0,
             save_every=n_steps,
+        )
+
+    def load(self) -> Any:
+        """Return the model on its device."""
+        return load_pipeline(
+            self.family,
+            self.model,
+            precision=self.precision,  # type: ignore[arg-type]
+            device=torch.device(self.device),
         )
 
 
@@ -154,49 +177,65 @@ class Frozen:
 
     def __init__(self, task: Task, pipeline: Any) -> None:
         self.pipeline = pipeline
-        self.device = pipeline.device
+        self.device = torch.device(task.device)
         self.mixed = task.precision != "fp32"
-        for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-            module.requires_grad_(False)
-        self._diffusion = Diffusion(pipeline.unet, pipeline.scheduler)
+        family = family_of(pipeline)
+        self.denoiser = getattr(pipeline, family.denoiser)
+        for name in family.modules():
+            getattr(pipeline, name).to(self.device).requires_grad_(False)
+        self._objective = make_objective(task.settings, pipeline)
+        self._conditioner = Conditioner(family, pipeline, task.resolution)
+        self._random = torch.Generator().manual_seed(0)
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return what lets learned float32 numbers meet a half-precision model, as the scripts' Accelerator does."""
-        return torch.autocast(self.device.type, self.pipeline.unet.dtype, enabled=self.mixed)
+        return torch.autocast(self.device.type, self.denoiser.dtype, enabled=self.mixed)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Return scaled latents of pictures, drawn from their distributions."""
         vae = self.pipeline.vae
-        return vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.sample().float() * vae.config.scaling_factor
+        latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.sample().float()
+        return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
-    def loss(self, latents: Tensor, states: Tensor) -> Tensor:
+    def loss(self, latents: Tensor, states: Mapping[str, Tensor], pooled: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return the loss of a batch at random times."""
-        times = torch.randint(self._diffusion.n_times, (len(latents),), device=self.device)
-        return self._diffusion.losses(latents, torch.randn_like(latents), times, states).mean()
+        times = self._objective.spread_times(len(latents), self._random).to(self.device)
+        conditions = self._conditioner(states, pooled or {})
+        return self._objective.losses(latents, torch.randn_like(latents), times, conditions).mean()
+
+
+def read_texts(readers: Mapping[str, TextReader], texts: Sequence[str], device: torch.device) -> tuple[Any, Any]:
+    """Return states with ids, and pooled states, by stream."""
+    found = {stream: reader.read(texts) for stream, reader in readers.items()}
+    pooled = {stream: each.pooled.to(device) for stream, each in found.items() if each.pooled is not None}
+    return {stream: (each.states.to(device), each.ids) for stream, each in found.items()}, pooled
 
 
 def build_uncached_engram(task: Task, sample: Sample) -> Step:
-    """Return the step of an engram as TinyEngram's script does it: VAE and text encoder run each time."""
+    """Return the step of an engram as TinyEngram's scripts do it: VAE and text encoders run each time."""
     settings = task.settings
     items, _ = read_data(settings, Watcher())
     prepared = prepare(settings, items, None, torch.device(task.device), Watcher())
     frozen, data = Frozen(task, prepared.pipeline), Samples(task, items)
-    concept, stream = prepared.concept, prepared.stream
-    ids = tokenize(frozen.pipeline, data.captions)
+    concept, streams = prepared.concept, prepared.streams.values()
+    readers = {
+        stream: TextReader(task.family, frozen.pipeline, stream, tokenizer, frozen.device)
+        for stream, tokenizer in pipeline_tokenizers(frozen.pipeline).items()
+    }
+    learned = [stream.vectors for stream in streams], [stream.scales for stream in streams]
     groups = [
-        {"params": [stream.vectors], "lr": settings.vector_rate},
-        {"params": [stream.scales], "lr": settings.scale_rate},
+        {"params": learned[0], "lr": settings.vector_rate},
+        {"params": learned[1], "lr": settings.scale_rate},
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
-    sample.learned = sample.optimised = stream.vectors.numel() + stream.scales.numel()
+    sample.learned = sample.optimised = sum(each.numel() for group in learned for each in group)
 
     def step() -> None:
         chosen = data.draw()
         latents = frozen.encode(data.pixels[chosen])
-        hidden = frozen.pipeline.text_encoder(ids[chosen].to(frozen.device))[0]
-        states = concept({STREAM: (hidden, ids[chosen])})[STREAM]
-        frozen.loss(latents, states).backward()
-        for parameter in (stream.vectors, stream.scales):
+        states, pooled = read_texts(readers, [data.captions[at] for at in chosen.tolist()], frozen.device)
+        frozen.loss(latents, concept(states), pooled).backward()
+        for parameter in (*learned[0], *learned[1]):
             torch.nn.utils.clip_grad_norm_(parameter, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -227,7 +266,7 @@ def build_inversion(task: Task, sample: Sample, *, cached: bool) -> Step:
         latents = latents_of(chosen)
         with frozen.autocast():
             states = encoder(ids[chosen].to(frozen.device))[0]
-        frozen.loss(latents, states).backward()
+        frozen.loss(latents, {"clip_l": states}).backward()
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
@@ -251,9 +290,10 @@ def build_lora(task: Task, sample: Sample, *, cached: bool) -> Step:
     optimizer = torch.optim.AdamW(learned, lr=1e-4)
     sample.learned = sample.optimised = sum(parameter.numel() for parameter in learned)
     ids = tokenize(pipeline, data.captions)
-    states_of = encode_texts(pipeline, data.captions).states if cached else None
+    reader = TextReader(task.family, pipeline, "clip_l", pipeline_tokenizers(pipeline)["clip_l"], frozen.device)
+    states_of = reader.read(data.captions).states if cached else None
     if cached:
-        pipeline.text_encoder = None
+        pipeline.text_encoder = reader = None
 
     def step() -> None:
         chosen = data.draw()
@@ -263,7 +303,7 @@ def build_lora(task: Task, sample: Sample, *, cached: bool) -> Step:
         else:
             states = states_of[chosen].to(frozen.device)
         with frozen.autocast():
-            loss = frozen.loss(latents, states)
+            loss = frozen.loss(latents, {"clip_l": states})
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
@@ -275,11 +315,11 @@ def build_lora(task: Task, sample: Sample, *, cached: bool) -> Step:
 def load(task: Task, *, cached: bool) -> tuple[Frozen, Samples, Callable[[Tensor], Tensor]]:
     """Return the model, the data, and what gives latents: the VAE, or where they are cached their distributions."""
     items, _ = read_data(task.settings, Watcher())
-    pipeline = load_pipeline(task.model, precision=task.precision, device=torch.device(task.device))  # type: ignore[arg-type]
+    pipeline = task.load()
     frozen, data = Frozen(task, pipeline), Samples(task, items)
     if not cached:
         return frozen, data, lambda chosen: frozen.encode(data.pixels[chosen])
-    mean, std = encode_views(pipeline.vae, data.views)
+    mean, std = encode_views(pipeline.vae, data.views, frozen.device)
     pipeline.vae = None
 
     def draw_latents(chosen: Tensor) -> Tensor:
@@ -333,8 +373,10 @@ def measure_trainer(task: Task) -> Sample:
     watch = Stopwatch(task.device)
     report = train(task.settings, watcher=watch)
     others = watch.others.share()
-    table = open_adapter(report.output).streams[STREAM]
-    learned = len(np.unique(table.vectors, axis=0)) * table.vectors.shape[1] + table.scales.size
+    tables = open_adapter(report.output).streams.values()
+    learned = sum(
+        len(np.unique(table.vectors, axis=0)) * table.vectors.shape[1] + table.scales.size for table in tables
+    )
     step_peak = watch.memory.peak()
     return Sample(
         seconds=watch.seconds[task.warm_up :],
@@ -349,9 +391,9 @@ def measure_trainer(task: Task) -> Sample:
 def measure_model(task: Task) -> Sample:
     """Only load the model."""
     memory = Memory(task.device)
-    pipeline = load_pipeline(task.model, precision=task.precision, device=torch.device(task.device))  # type: ignore[arg-type]
-    for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-        for parameter in module.parameters():
+    pipeline = task.load()
+    for name in task.family.modules():
+        for parameter in getattr(pipeline, name).parameters():
             parameter.detach().sum()  # weights of a file come into memory when they are first read
     return Sample(step_peak=memory.now(), peak=memory.peak())
 

@@ -1,4 +1,6 @@
-"""Training: a step of an engram beside textual inversion and LoRA, on the same model, pictures and number types.
+"""Training: a step of an engram beside the same step without caches, textual inversion and LoRA.
+
+All on the same model, pictures and number types; for Stable Diffusion 3.5 the caches alone are compared.
 
 Run through `run.py`. Each measurement is a fresh process (`steps.py`); the ways take turns.
 """
@@ -22,9 +24,9 @@ from quiet import LIMIT, wait_for_quiet
 
 HERE = Path(__file__).parent
 OURS = "engram"
+CACHES = (OURS, "engram, nothing cached")
 WAYS = (
-    OURS,
-    "engram, nothing cached",
+    *CACHES,
     "textual inversion",
     "textual inversion, latents cached",
     "LoRA",
@@ -42,6 +44,7 @@ class Size:
 
     Attributes:
         name: for the table's title.
+        backbone: `sd15` or `sd35`.
         model: `tiny`, or `full` for random weights of Stable Diffusion 1.5's size.
         resolution, batch_size, precision: of the steps.
         rounds: processes for each way.
@@ -49,6 +52,7 @@ class Size:
     """
 
     name: str
+    backbone: str = "sd15"
     model: str
     resolution: int
     batch_size: int
@@ -57,21 +61,32 @@ class Size:
     warm_up: int
     steps: int
 
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """What is compared."""
+        return WAYS if self.backbone == "sd15" else CACHES
 
-TINY = {"model": "tiny", "resolution": 64, "precision": "fp32", "rounds": 3, "warm_up": 3, "steps": 15}
+
+TINY = {"model": "tiny", "resolution": 64, "precision": "fp32", "rounds": 2, "warm_up": 3, "steps": 20}
 FULL = {"model": "full", "batch_size": 1, "precision": "bf16", "rounds": 1, "warm_up": 1, "steps": 2}
 SIZES = {
     "cpu": (
         Size(name="Tiny model, 64 px, batch of 4, fp32", batch_size=4, **TINY),
         Size(name="Tiny model, 64 px, batch of 10, fp32", batch_size=10, **TINY),
-        Size(name="SD1.5's size, 256 px, batch of 1, bf16", resolution=256, **FULL),
         Size(name="SD1.5's size, 512 px, batch of 1, bf16", resolution=512, **FULL),
+        Size(name="Tiny SD3.5, 64 px, batch of 1, fp32", backbone="sd35", batch_size=1, **TINY),
+        Size(name="Tiny SD3.5, 64 px, batch of 10, fp32", backbone="sd35", batch_size=10, **TINY),
     ),
     "cuda": (
         Size(name="Tiny model, 64 px, batch of 4, fp32", batch_size=4, **TINY),
         Size(
             name="SD1.5's size, 512 px, batch of 4, bf16",
             **FULL | {"resolution": 512, "batch_size": 4, "rounds": 3, "warm_up": 3, "steps": 15},
+        ),
+        Size(
+            name="SD3.5-medium's size, 1024 px, batch of 1, bf16",
+            backbone="sd35",
+            **FULL | {"resolution": 1024, "rounds": 2, "warm_up": 3, "steps": 10},
         ),
     ),
 }
@@ -83,11 +98,12 @@ def run(*, quick: bool, device: str) -> Outcome:
     sizes = SIZES[device][:1] if quick else SIZES[device]
     with tempfile.TemporaryDirectory(prefix="engram-training-") as name:
         folder = Path(name)
-        models = {"tiny": "tiny"}
+        models: dict[str, str] = {}
         for size in sizes:
-            if size.model not in models:
-                models[size.model] = _write_model(folder)
-            samples = _measure(folder, models[size.model], size, device, quick=quick)
+            if size.model != "tiny" and size.backbone not in models:
+                models[size.backbone] = _write_model(folder, size.backbone)
+            model = "tiny" if size.model == "tiny" else models[size.backbone]
+            samples = _measure(folder, model, size, device, quick=quick)
             threads = samples["model"][0]["threads"]
             tables.append(_table(size, samples, "GPU" if device == "cuda" else f"{threads} threads"))
             figures[size.name] = _figures(samples)
@@ -97,11 +113,12 @@ def run(*, quick: bool, device: str) -> Outcome:
     return Outcome(tables=tables, notes=notes, figures=figures)
 
 
-def _write_model(folder: Path) -> str:
-    """Write a model of Stable Diffusion 1.5's size and return where it is."""
-    print("writing a model of Stable Diffusion 1.5's size ...", file=sys.stderr, flush=True)
-    subprocess.run([sys.executable, HERE / "checkpoints.py", folder], stderr=subprocess.DEVNULL, check=True)
-    return str(folder / "model")
+def _write_model(folder: Path, backbone: str) -> str:
+    """Write a model of a backbone's full size and return where it is."""
+    print(f"writing a model of {backbone}'s size ...", file=sys.stderr, flush=True)
+    target = folder / backbone
+    subprocess.run([sys.executable, HERE / "checkpoints.py", backbone, target], stderr=subprocess.DEVNULL, check=True)
+    return str(target / "model")
 
 
 def _measure(folder: Path, model: str, size: Size, device: str, *, quick: bool) -> dict[str, list[Sample]]:
@@ -112,10 +129,11 @@ def _measure(folder: Path, model: str, size: Size, device: str, *, quick: bool) 
         write_pictures(data, size.resolution)
     samples: dict[str, list[Sample]] = {}
     for number in range(rounds):
-        for way in ("model", *WAYS) if number == 0 else WAYS:
+        for way in ("model", *size.ways) if number == 0 else size.ways:
             print(f"{size.name}, round {number + 1} of {rounds}: {way} ...", file=sys.stderr, flush=True)
             task = {
                 "way": way,
+                "backbone": size.backbone,
                 "model": model,
                 "data": str(data),
                 "resolution": size.resolution,
@@ -154,7 +172,7 @@ def _run_child(folder: Path, task: Mapping[str, Any]) -> Sample:
 def _table(size: Size, samples: Mapping[str, Sequence[Sample]], threads: str) -> Table:
     model = samples["model"][0]["step_peak"]
     rows = [("(the model alone)", "", "", f"{model / MIB:,.0f} MiB", "", "", "")]
-    for way in WAYS:
+    for way in size.ways:
         found = samples[way]
         spread = _spread(found)
         ratio = "" if way == OURS else f"{_ratio(found, samples[OURS]):.2f} times"
@@ -192,8 +210,9 @@ def _ratio(samples: Sequence[Sample], ours: Sequence[Sample]) -> float:
 def _figures(samples: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
     model = samples["model"][0]
     figures: dict[str, Any] = {"threads": model["threads"], "model_bytes": model["step_peak"]}
-    for way in WAYS:
-        found = samples[way]
+    for way, found in samples.items():
+        if way == "model":
+            continue
         figures[way] = {
             "median_s": _spread(found).median,
             "ratio": _ratio(found, samples[OURS]),

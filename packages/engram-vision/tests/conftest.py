@@ -8,6 +8,7 @@ import gzip
 import importlib.util
 import json
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -109,9 +110,10 @@ def v_model(tmp_path_factory, one_thread):
 @pytest.fixture(scope="session")
 def base(model):
     """Return a pipeline into which nothing is ever loaded."""
+    from engram_vision.families import SD15
     from engram_vision.models import load_pipeline
 
-    return load_pipeline(str(model))
+    return load_pipeline(SD15, str(model))
 
 
 @pytest.fixture
@@ -120,3 +122,28 @@ def pipeline(base):
     from vision_builders import copy_of
 
     return copy_of(base)
+
+
+# Models of every family, by name
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory, one_thread):
+    """Return a function from a family's name to a folder with a small model of it."""
+    from vision_families import build_family
+
+    @cache
+    def save(name):
+        folder = tmp_path_factory.mktemp(name)
+        build_family(name).save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def base_of(one_thread):
+    """Return a function from a family's name to a pipeline into which nothing is ever loaded."""
+    from vision_families import build_family
+
+    return cache(build_family)

@@ -88,11 +88,13 @@ def character(name="zorbit quell", seed=0, **changes):
 def row(prompt="zorbit quell at night", seed=100, **changes):
     values = {
         "prompt": prompt,
-        "tokens": (
-            Token(text="zor", concept="zorbit quell"),
-            Token(text="bit", concept="zorbit quell"),
-            Token(text="night"),
-        ),
+        "tokens": {
+            "clip_l": (
+                Token(text="zor", concept="zorbit quell"),
+                Token(text="bit", concept="zorbit quell"),
+                Token(text="night"),
+            )
+        },
         "seed": seed,
         "pictures": (
             Picture(image=image(seed), verdict="another monster"),
@@ -155,7 +157,7 @@ def test_every_name_and_prompt_is_escaped():
                 rows=(
                     row(
                         HOSTILE,
-                        tokens=(Token(text=HOSTILE, concept=HOSTILE), Token(text=HOSTILE)),
+                        tokens={HOSTILE: (Token(text=HOSTILE, concept=HOSTILE), Token(text=HOSTILE))},
                         pictures=(Picture(image=image(2), verdict=HOSTILE, good=False, identical=False),),
                         note=HOSTILE,
                     ),
@@ -315,7 +317,7 @@ def test_marks_have_words_beside_their_color():
         )
     )
     columns = tuple("abcdefg")
-    section = Section(title="Marks", text="", columns=columns, rows=(row(tokens=(), pictures=pictures),))
+    section = Section(title="Marks", text="", columns=columns, rows=(row(tokens={}, pictures=pictures),))
     document = Document(render_page(page(figures=(), characters=(), sections=(section,))))
     in_table = document.text.split("seed 100")[1].split("By hand")[0]
     assert "a seen b unseen c other d same bytes as base e other bytes than base f as it should be g" in in_table
@@ -329,7 +331,10 @@ def test_marks_have_words_beside_their_color():
 def test_a_concept_has_one_color_everywhere_and_a_legend():
     other = Token(text="new", concept="a third")
     section = Section(
-        title="Colors", text="", columns=("base", "engram"), rows=(row(tokens=(other, *row().tokens, other)),)
+        title="Colors",
+        text="",
+        columns=("base", "engram"),
+        rows=(row(tokens={"clip_l": (other, *row().tokens["clip_l"], other)}),),
     )
     document = Document(render_page(page(sections=(section,))))
     fired = [(attrs["class"], attrs["title"]) for attrs in document.classed("fired")]
@@ -343,7 +348,7 @@ def test_a_concept_has_one_color_everywhere_and_a_legend():
 def test_the_page_has_a_color_for_each_concept():
     concepts = [f"concept {i}" for i in range(11)]
     tokens = tuple(Token(text="x", concept=concept) for concept in concepts)
-    section = Section(title="Many", text="", columns=("base", "engram"), rows=(row(tokens=tokens),))
+    section = Section(title="Many", text="", columns=("base", "engram"), rows=(row(tokens={"clip_l": tokens}),))
     html = render_page(page(characters=(), sections=(section,)))
     used = {name for attrs in Document(html).classed("fired") for name in attrs["class"].split()} - {"fired"}
     assert used == {f"k{i}" for i in range(8)}

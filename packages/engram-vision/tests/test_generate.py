@@ -16,7 +16,7 @@ from engram_core import (
     TargetExistsError,
     open_adapter,
 )
-from engram_vision import generation
+from engram_vision import loading
 from engram_vision.drawing import Drawing, draw
 from engram_vision.generation import generate
 from engram_vision.loading import load_engram
@@ -213,7 +213,7 @@ def test_an_adapter_of_another_version_of_the_model_is_refused_before_anything_i
     file = tmp_path / "old.safetensors"
     make_adapter(base, base_fingerprint="ab" * 32).save(file)
     assert len(run(adapters=(str(file),)).files) == 1  # other models have no fingerprint to compare with
-    monkeypatch.setattr(generation, "model_fingerprint", lambda model: "cd" * 32)
+    monkeypatch.setattr(loading, "known_fingerprint", lambda place: "cd" * 32)
     told = [str(file), "trained on small with fingerprint abababababab", "has cdcdcdcdcdcd", "train it again"]
     log = Log()
     with pytest.raises(IncompatibleAdaptersError) as caught:

@@ -223,9 +223,9 @@ def refuse(error, pipeline, source, *told, **options):
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ({"backbone": "sd35"}, ["made for sd35", "StableDiffusionPipeline is sd15"]),
+        ({"backbone": "sd35"}, ["made for sd35", "this is sd15"]),
         ({"stream": "t5"}, ["stream 't5'", "sd15 has clip_l"]),
-        ({"width": 48}, ["width 48", f"text encoder {WIDTH}", "trained for small"]),
+        ({"width": 48}, ["width 48", f"text_encoder {WIDTH}", "trained for small"]),
         ({"site": "penultimate_hidden_state"}, ["edits the penultimate_hidden_state", "reads the last_hidden_state"]),
     ],
 )
@@ -266,7 +266,7 @@ def test_a_file_that_is_not_there_is_refused(pipeline, tmp_path):
     [
         ({"text_encoder": None}, "has no tokenizer and text_encoder"),
         ({"tokenizer": None}, "has no tokenizer and text_encoder"),
-        ({"text_encoder_2": object()}, "has several text encoders"),
+        ({"text_encoder_2": object()}, "has no tokenizer_2 and text_encoder_2"),
         ({"text_encoder": SimpleNamespace(config=SimpleNamespace(model_type="t5"))}, "has t5"),
         ({"text_encoder": object()}, "has None"),
     ],

@@ -15,6 +15,7 @@ from vision_original import write_original
 
 from engram_core import InputError
 from engram_vision import shipped
+from engram_vision.families import SD15
 from engram_vision.models import check_pipeline, load_pipeline, model_fingerprint, pick_device
 
 # The configuration of runwayml/stable-diffusion-v1-5, where it differs from the classes' defaults.
@@ -60,7 +61,7 @@ def copied(model, tmp_path):
 
 def refuse(model, *told):
     with pytest.raises(InputError) as caught:
-        load_pipeline(str(model))
+        load_pipeline(SD15, str(model))
     message = str(caught.value)
     assert message.startswith(f"{model}: ") or str(model) in message.split(": ")[0]
     assert all(text in message for text in told), message
@@ -71,7 +72,7 @@ def refuse(model, *told):
 
 
 def test_a_folder_gives_its_weights_without_safety_checker_in_evaluation(model):
-    pipeline = load_pipeline(str(model))
+    pipeline = load_pipeline(SD15, str(model))
     assert weights_of(pipeline) == weights_of(build_model())
     assert pipeline.safety_checker is None
     assert not any(getattr(pipeline, part).training for part in ("unet", "vae", "text_encoder"))
@@ -80,7 +81,7 @@ def test_a_folder_gives_its_weights_without_safety_checker_in_evaluation(model):
 
 
 def test_the_precision_is_that_of_all_weights(model):
-    pipeline = load_pipeline(str(model), precision="bf16", device=torch.device("cpu"))
+    pipeline = load_pipeline(SD15, str(model), precision="bf16", device=torch.device("cpu"))
     assert {part.dtype for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder)} == {torch.bfloat16}
 
 
@@ -89,9 +90,9 @@ def test_loading_says_nothing_and_leaves_the_libraries_voices_as_they_were(model
 
     levels = [logging.getLogger(name).level for name in ("diffusers", "transformers")]
     bars = diffusers_logging.is_progress_bar_enabled()
-    load_pipeline(str(model))
+    load_pipeline(SD15, str(model))
     with pytest.raises(InputError):
-        load_pipeline(str(model / "unet"))
+        load_pipeline(SD15, str(model / "unet"))
     assert capfd.readouterr() == ("", "")
     assert [logging.getLogger(name).level for name in ("diffusers", "transformers")] == levels
     assert diffusers_logging.is_progress_bar_enabled() == bars
@@ -174,12 +175,12 @@ def test_a_single_file_beside_an_index_is_loaded_without_the_hub(model, base, co
     for weights in copied.rglob("*.safetensors"):
         weights.unlink()
     path = write_original(base, copied / "v1.safetensors")
-    pipeline = load_pipeline(str(path))
+    pipeline = load_pipeline(SD15, str(path))
     assert weights_of(pipeline) == weights_of(base)
     assert pipeline.safety_checker is None
     assert not any(getattr(pipeline, part).training for part in ("unet", "vae", "text_encoder"))
     assert pipeline.tokenizer("a red ball").input_ids == base.tokenizer("a red ball").input_ids
-    assert load_pipeline(str(path), precision="bf16").unet.dtype == torch.bfloat16
+    assert load_pipeline(SD15, str(path), precision="bf16").unet.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -226,7 +227,7 @@ def test_a_hub_id_in_the_cache_is_loaded_without_the_network(model, base, offlin
     shutil.copytree(model, snapshot)
     (offline / "models--someone--small" / "refs").mkdir()
     (offline / "models--someone--small" / "refs" / "main").write_text("a" * 40, encoding="utf-8")
-    assert weights_of(load_pipeline("someone/small")) == weights_of(base)
+    assert weights_of(load_pipeline(SD15, "someone/small")) == weights_of(base)
     change_index(snapshot, _class_name="StableDiffusionXLPipeline")
     refuse("someone/small", "is a StableDiffusionXLPipeline")
 
@@ -254,7 +255,7 @@ def test_the_real_stable_diffusion_15_is_accepted():
         }
     assert sum(value.numel() for value in parts["unet"].parameters()) == 859_520_964
     pipeline = assemble(**parts, tokenizer=tokenizer(), scheduler=PNDMScheduler(steps_offset=1, skip_prk_steps=True))
-    check_pipeline(pipeline, "stable-diffusion-v1-5")
+    check_pipeline(SD15, pipeline, "stable-diffusion-v1-5")
     assert pipeline.vae_scale_factor == 8
 
 
@@ -263,27 +264,29 @@ def test_stable_diffusion_2_and_mismatched_parts_are_refused(pipeline):
     with torch.device("meta"):
         pipeline.text_encoder = CLIPTextModel(CLIPTextConfig(**config | {"hidden_size": 1024}))
     with pytest.raises(InputError, match=r"m: is Stable Diffusion 2 \(text states of width 1024\), expected 1.x"):
-        check_pipeline(pipeline, "m")
+        check_pipeline(SD15, pipeline, "m")
     with torch.device("meta"):
         pipeline.text_encoder = CLIPTextModel(CLIPTextConfig(**config | {"hidden_size": 48}))
-    with pytest.raises(InputError, match=r"m: its U-Net reads states of width 32.*clip_text_model\) gives 48"):
-        check_pipeline(pipeline, "m")
+    with pytest.raises(
+        InputError, match="m: its unet reads states of width 32, its text encoders give text_encoder 48"
+    ):
+        check_pipeline(SD15, pipeline, "m")
     with pytest.raises(InputError, match="m: is a object, expected"):
-        check_pipeline(object(), "m")
+        check_pipeline(SD15, object(), "m")
 
 
 def test_the_shipped_checkpoint_is_accepted_and_has_a_fingerprint(one_thread):
     try:
-        shipped.tiny_folder()
+        shipped.tiny_folder("sd15")
     except InputError:
         pytest.skip("the checkpoint is not part of this checkout")
-    pipeline = load_pipeline("tiny")
+    pipeline = load_pipeline(SD15, "tiny")
     assert pipeline.text_encoder.config.max_position_embeddings == pipeline.tokenizer.model_max_length
-    assert len(model_fingerprint("tiny")) == 64
+    assert len(model_fingerprint(SD15, "tiny")) == 64
 
 
 def test_other_models_have_no_fingerprint(model):
-    assert model_fingerprint(str(model)) is None
+    assert model_fingerprint(SD15, str(model)) is None
 
 
 # Devices

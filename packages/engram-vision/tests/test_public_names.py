@@ -29,7 +29,7 @@ def test_functions_are_functions_when_the_modules_of_others_came_first():
 def test_settings_come_without_pytorch():
     code = (
         "import sys, engram_vision\n"
-        "from engram_vision import GenerateSettings, TrainSettings\n"
+        "from engram_vision import SD15GenerateSettings, SD15TrainSettings\n"
         "print(sorted({'torch', 'diffusers', 'transformers'} & sys.modules.keys()))\n"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

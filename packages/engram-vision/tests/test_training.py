@@ -27,11 +27,12 @@ from engram_vision.dataset import read_dataset
 from engram_vision.drawing import Drawing, draw
 from engram_vision.images import fit_square, load_picture
 from engram_vision.loading import load_engram
-from engram_vision.settings import TrainSettings
+from engram_vision.settings import SD15TrainSettings
 from engram_vision.training import preparation, trainer
 from engram_vision.training.batches import Batch, draw_batch
 from engram_vision.training.frozen import FrozenData
 from engram_vision.training.metrics import read_metrics
+from engram_vision.training.objectives import Diffusion
 from engram_vision.training.state import load_state
 from engram_vision.training.trainer import METRICS, PREVIEWS, SETTINGS, STATE, train
 
@@ -138,7 +139,7 @@ def plain_training(pipeline, settings):
 
 def random_numbers(n_pictures, settings, number):
     """Return which pictures a batch shows, and its random numbers, drawn from data that give them away."""
-    diffusion = trainer.Diffusion(None, build_model().scheduler)
+    diffusion = Diffusion(None, build_model().scheduler)
     mean = torch.arange(n_pictures, dtype=torch.float32)[:, None, None, None].expand(-1, 4, 8, 8)
     forms = ((0,),) * n_pictures
     options = {"size": settings.batch_size, "number": number, "seed": settings.seed}
@@ -343,6 +344,7 @@ def test_work_is_told_as_it_goes(run, model):
     run(log, flip=True, crops=2)
     assert log.works == [
         ("reading pictures", None, 0),
+        ("estimating memory", None, 0),
         (f"loading {model}", None, 0),
         ("encoding pictures and captions", 12, 0),
         ("training", 6, 0),
@@ -368,7 +370,7 @@ def test_the_settings_that_are_written_are_those_of_the_run(run, tmp_path, model
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
     table = tomllib.loads((report.run_dir / SETTINGS).read_text(encoding="utf-8"))["train"]
     assert table.pop("backbone") == "sd15"
-    read = resolve_settings(TrainSettings, [Layer(source="file", values=table)])
+    read = resolve_settings(SD15TrainSettings, [Layer(source="file", values=table)])
     assert read == train_settings(tmp_path, model, steps=1, **values)
 
 
@@ -442,7 +444,7 @@ def test_pictures_may_have_another_resolution(run):
 
 def test_a_caption_whose_trigger_is_cut_off_is_refused_by_file(run, tmp_path):
     write_pictures(tmp_path / "long", [f"{TRIGGER} at night", "a red ball in the snow " * 6 + TRIGGER])
-    refuse(InputError, run, "long/1.png: the caption has 40 tokens and the encoder reads 30", data=tmp_path / "long")
+    refuse(InputError, run, "long/1.png: the caption has 40 tokens and clip_l reads 30", data=tmp_path / "long")
 
 
 def test_a_trigger_of_one_token_is_refused(run, tmp_path):

@@ -16,14 +16,16 @@ from vision_builders import LENGTH, LOUD, SIZE, TRIGGER, WIDTH, captions, ids_of
 from engram_core import AdapterWriteError, ConceptRecord, InputError, StreamSpec, build_registry
 from engram_core.torch import TrainableStream
 from engram_vision.dataset import CaptionedImage, read_dataset
+from engram_vision.families import SD15
 from engram_vision.loading import pipeline_tokenizers
 from engram_vision.training.batches import draw_batch, fixed_batches
-from engram_vision.training.diffusion import Diffusion
-from engram_vision.training.frozen import FrozenData, FrozenTexts, freeze, vary_caption
+from engram_vision.training.frozen import FrozenData, FrozenTexts, TextReader, freeze, vary_caption
 from engram_vision.training.initial import describe_vectors, random_vectors
 from engram_vision.training.metrics import MetricsFile, read_metrics
+from engram_vision.training.objectives import Diffusion
 from engram_vision.training.schedule import rate_factor
 
+CPU = torch.device("cpu")
 STEPS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
@@ -35,8 +37,8 @@ class GuessingUnet:
 
     dtype = torch.float32
 
-    def __call__(self, noisy, times, states):
-        self.noisy = noisy
+    def __call__(self, noisy, times, *, encoder_hidden_states):
+        self.noisy, self.states = noisy, encoder_hidden_states
         return SimpleNamespace(sample=torch.full_like(noisy, 0.25))
 
 
@@ -60,7 +62,7 @@ def test_the_loss_is_the_mean_square_of_what_the_model_predicts(prediction, zero
     diffusion = Diffusion(unet, scheduler(prediction, zero_snr=zero_snr))
     times = torch.tensor([0, 1, 500, 999])
     latents, noise = torch.randn(2, 4, 4, 3, 3, generator=torch.Generator().manual_seed(0))
-    losses = diffusion.losses(latents, noise, times, torch.zeros(4, LENGTH, WIDTH))
+    losses = diffusion.losses(latents, noise, times, {"encoder_hidden_states": torch.zeros(4, LENGTH, WIDTH)})
     share = torch.tensor(cumulative(zero_snr))[times].float()[:, None, None, None]
     noisy = share.sqrt() * latents + (1 - share).sqrt() * noise
     target = noise if prediction == "epsilon" else share.sqrt() * noise - (1 - share).sqrt() * latents
@@ -76,10 +78,10 @@ def test_the_loss_is_the_mean_square_of_what_the_model_predicts(prediction, zero
 def test_min_snr_weights_are_those_of_the_paper(prediction, zero_snr, gamma):
     times = torch.arange(1000)
     latents, noise = torch.randn(2, 1000, 4, 1, 1, generator=torch.Generator().manual_seed(0))
-    states = torch.zeros(1000, 1, WIDTH)
+    conditions = {"encoder_hidden_states": torch.zeros(1000, 1, WIDTH)}
     plain, weighted = (
         Diffusion(GuessingUnet(), scheduler(prediction, zero_snr=zero_snr), min_snr=value).losses(
-            latents, noise, times, states
+            latents, noise, times, conditions
         )
         for value in (None, gamma)
     )
@@ -105,7 +107,7 @@ def test_other_predictions_are_refused():
 def toy_data(n_views, forms):
     """Return data in which each view's latents tell which it is."""
     mean = torch.arange(n_views, dtype=torch.float32)[:, None, None, None].expand(-1, 4, 2, 2)
-    texts = FrozenTexts(ids=torch.zeros(9, 1, dtype=torch.int64), states=torch.zeros(9, 1, 1))
+    texts = FrozenTexts(ids=torch.zeros(9, 1, dtype=torch.int64), states=torch.zeros(9, 1, 1), pooled=None)
     return FrozenData(mean=mean, std=torch.zeros_like(mean), texts={"clip_l": texts}, captions=forms, origin={})
 
 
@@ -187,10 +189,14 @@ def pictures(tmp_path):
 
 
 def freeze_all(base, items, trigger=TRIGGER, **options):
-    words = pipeline_tokenizers(base)
-    registries = {"clip_l": build_registry(trigger, words["clip_l"])}
-    given = {"resolution": SIZE, "flip": False, "crops": 1, "seed": 0, "advance": lambda done: None} | options
-    return freeze(base, items, registries, words, **given)
+    reader = read_with(base)
+    registries = {"clip_l": build_registry(trigger, reader.tokenizer)}
+    given = {"resolution": SIZE, "flip": False, "crops": 1, "seed": 0, "device": CPU, "advance": lambda done: None}
+    return freeze(base.vae, {"clip_l": reader}, items, registries, **given | options)
+
+
+def read_with(base):
+    return TextReader(SD15, base, "clip_l", pipeline_tokenizers(base)["clip_l"], CPU)
 
 
 @pytest.mark.parametrize(("flip", "crops", "n_views"), [(False, 1, 3), (True, 1, 6), (False, 4, 12), (True, 4, 24)])
@@ -269,7 +275,7 @@ def test_a_caption_whose_trigger_is_cut_off_is_refused_by_file(base, pictures):
     caption = "a red ball " * 10 + TRIGGER
     with pytest.raises(InputError) as caught:
         freeze_all(base, [CaptionedImage(path=path, caption=caption)])
-    told = f"{path}: the caption has 34 tokens and the encoder reads 30, which cuts the trigger {TRIGGER!r} off"
+    told = f"{path}: the caption has 34 tokens and clip_l reads 30, which cuts the trigger {TRIGGER!r} off"
     assert str(caught.value).startswith(told)
 
 
@@ -277,7 +283,7 @@ def test_a_caption_in_which_the_tokenizer_cuts_the_trigger_otherwise_is_refused_
     path = pictures[0].path
     with pytest.raises(InputError, match="put spaces around it") as caught:
         freeze_all(base, [CaptionedImage(path=path, caption=f"a {LOUD}% ball")], LOUD)
-    assert str(caught.value).startswith(f"{path}: the tokenizer cuts the trigger {LOUD!r}")
+    assert str(caught.value).startswith(f"{path}: the tokenizer of clip_l cuts the trigger {LOUD!r}")
 
 
 def test_the_origin_tells_pictures_and_captions_apart(base, pictures):
@@ -305,12 +311,11 @@ def test_random_vectors_have_their_spread_and_seed(base):
 
 def described(base, trigger, words, *, rule, overlap, scale, max_ngram=7):
     """Return a stream that begins as some words."""
-    tokenizer = pipeline_tokenizers(base)["clip_l"]
-    registry = build_registry(trigger, tokenizer, max_ngram=max_ngram)
-    options = {"rule": rule, "overlap": overlap, "scale": scale}
-    vectors = describe_vectors(base, registry, tokenizer, words, **options)
+    reader = read_with(base)
+    registry = build_registry(trigger, reader.tokenizer, max_ngram=max_ngram)
+    vectors = describe_vectors(reader, registry, words, rule=rule, overlap=overlap, scale=scale)
     record = ConceptRecord(name="x", trigger=trigger, rule=rule, overlap=overlap, max_ngram=max_ngram)
-    spec = StreamSpec(width=WIDTH, site="last_hidden_state", tokenizer=tokenizer.spec)
+    spec = StreamSpec(width=WIDTH, site="last_hidden_state", tokenizer=reader.tokenizer.spec)
     return TrainableStream(record, registry, spec, vectors, torch.full((WIDTH,), scale))
 
 

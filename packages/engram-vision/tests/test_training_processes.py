@@ -22,7 +22,7 @@ import json, os, signal, sys
 import torch
 from engram_core import Watcher
 from engram_core.settings import Layer, resolve_settings
-from engram_vision import TrainSettings, train
+from engram_vision import SD15TrainSettings, train
 
 class Stopper(Watcher):
     def advance(self, done, figures=None):
@@ -32,7 +32,7 @@ class Stopper(Watcher):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     values, resume, stop = json.loads(sys.argv[1])
-    settings = resolve_settings(TrainSettings, [Layer(source="test", values=values)])
+    settings = resolve_settings(SD15TrainSettings, [Layer(source="test", values=values)])
     try:
         report = train(settings, resume=resume, watcher=Stopper())
         os.write(1, f"identity {report.identity}\\n".encode())

@@ -126,13 +126,20 @@ def test_a_run_that_ends_in_its_last_step_writes_the_adapter_when_resumed(settin
     check(settings, uninterrupted)
 
 
-def test_ctrl_c_before_anything_is_saved_leaves_nothing_to_resume(settings, uninterrupted):
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_run_that_stopped_before_anything_was_saved_begins_at_its_first_step(settings, uninterrupted, resume):
     stop_at(settings, 2, interrupt_here)
     assert not state_of(settings).exists()
+    log = Log()
+    train(settings, resume=resume, watcher=log)
+    assert log.works[-1] == ("training", STEPS, 0)
+    assert any("stopped before its first state; it begins at step 0" in note for note in log.notes) == resume
+    check(settings, uninterrupted)
+
+
+def test_where_no_run_was_there_is_nothing_to_resume(settings):
     with pytest.raises(InputError, match=r"state.safetensors: does not exist; there is nothing to resume"):
         train(settings, resume=True)
-    train(settings)
-    check(settings, uninterrupted)
 
 
 def test_ctrl_c_in_the_last_step_still_writes_the_adapter(settings, uninterrupted):
@@ -233,8 +240,7 @@ def test_a_run_is_not_begun_over_another_by_accident(interrupted, uninterrupted)
 
 def test_a_run_that_is_begun_anew_forgets_the_one_before(interrupted):
     stop_at(interrupted, 1, interrupt_here, overwrite=True)
-    with pytest.raises(InputError, match="nothing to resume"):
-        train(interrupted, resume=True)
+    assert not state_of(interrupted).exists()
     assert steps_of(interrupted) == []
 
 

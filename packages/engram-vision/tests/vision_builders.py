@@ -27,7 +27,7 @@ from engram_core import (
     build_registry,
 )
 from engram_vision.loading import pipeline_tokenizers
-from engram_vision.settings import GenerateSettings, TrainSettings
+from engram_vision.settings import SD15GenerateSettings, SD15TrainSettings
 
 TRIGGER = "zorbit quell"
 """Four tokens, in one variant."""
@@ -201,7 +201,7 @@ def captions(trigger=TRIGGER):
     return [f"a photo of {trigger} in the snow", f"{trigger} on the beach", f"a picture of {trigger} at night"]
 
 
-def train_settings(tmp_path: Path, model: Path, **values) -> TrainSettings:
+def train_settings(tmp_path: Path, model: Path, **values) -> SD15TrainSettings:
     """Return settings for a run of a second."""
     fields = {
         "data": tmp_path / "pictures",
@@ -219,10 +219,10 @@ def train_settings(tmp_path: Path, model: Path, **values) -> TrainSettings:
         "save_every": 100,
         "device": "cpu",
     }
-    return TrainSettings(**fields | values)
+    return SD15TrainSettings(**fields | values)
 
 
-def generate_settings(tmp_path: Path, model: Path, **values) -> GenerateSettings:
+def generate_settings(tmp_path: Path, model: Path, **values) -> SD15GenerateSettings:
     fields = {
         "output": tmp_path / "images",
         "model": str(model),
@@ -231,7 +231,7 @@ def generate_settings(tmp_path: Path, model: Path, **values) -> GenerateSettings
         "guidance": 3.0,
         "device": "cpu",
     }
-    return GenerateSettings(**fields | values)
+    return SD15GenerateSettings(**fields | values)
 
 
 class Log(Watcher):

@@ -15,7 +15,9 @@ _INTERRUPTED = 130  # as shells report it, 128 + SIGINT
 
 # Command to its module, in the order of the help.
 _MODULES = {
-    **{name: name for name in ("train", "generate", "merge", "extract", "inspect", "convert", "doctor", "demo")},
+    **{
+        name: name for name in ("train", "generate", "merge", "extract", "inspect", "convert", "push", "doctor", "demo")
+    },
     **dict.fromkeys(("data", "eval"), "abilities"),
 }
 

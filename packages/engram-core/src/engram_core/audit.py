@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
@@ -135,15 +135,23 @@ class PromptReport:
 class PromptAudit:
     """Tells for each prompt what fires, and which triggers stand in it as text without firing."""
 
-    def __init__(self, adapter: Adapter, tokenizers: Mapping[str, StreamTokenizer]) -> None:
+    def __init__(
+        self, adapter: Adapter, tokenizers: Mapping[str, StreamTokenizer], streams: Collection[str] | None = None
+    ) -> None:
         """Index an adapter.
+
+        Args:
+            adapter: its concepts.
+            tokenizers: by stream.
+            streams: look at these alone; None means all of the adapter's.
 
         Raises:
             InputError: a tokenizer is missing or is not the one the adapter was made with.
         """
-        check_tokenizers(adapter, tokenizers)
+        check_tokenizers(adapter, tokenizers, streams)
         self._adapter, self._tokenizers = adapter, tokenizers
-        self._matchers = {stream: Matcher(adapter, stream) for stream in adapter.streams}
+        chosen = [stream for stream in adapter.streams if streams is None or stream in streams]
+        self._matchers = {stream: Matcher(adapter, stream) for stream in chosen}
         self._triggers = [_plain(record.trigger) for record in adapter.records()]
 
     def show(self, stream: str, ids: Ngram) -> list[str]:
@@ -239,13 +247,22 @@ def find_interference(adapter: Adapter) -> list[Interference]:
     return found
 
 
-def check_tokenizers(adapter: Adapter, tokenizers: Mapping[str, StreamTokenizer]) -> None:
+def check_tokenizers(
+    adapter: Adapter, tokenizers: Mapping[str, StreamTokenizer], streams: Collection[str] | None = None
+) -> None:
     """Check that every stream has the tokenizer it was made with.
+
+    Args:
+        adapter: its manifest tells.
+        tokenizers: by stream.
+        streams: check these alone; None means all of the adapter's.
 
     Raises:
         InputError: naming the stream and both tokenizers.
     """
     for stream, spec in adapter.manifest.streams.items():
+        if streams is not None and stream not in streams:
+            continue
         if stream not in tokenizers:
             raise InputError(f"{adapter.label}: stream {stream!r} needs its tokenizer ({spec.tokenizer.class_name})")
         one, other = spec.tokenizer, tokenizers[stream].spec

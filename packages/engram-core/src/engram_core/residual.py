@@ -207,6 +207,40 @@ class Editor:
             strength=np.array([factors[c] for c in groups], np.float32),
         )
 
+    def sum_up(self, edit: Edit, rho: Floats | None) -> Floats:
+        """Return the residual of each edited position, float32 [P, d].
+
+        Args:
+            edit: from `prepare`.
+            rho: float32 [B], see `mean_norm`; needed where some entry is relative.
+        """
+        plan = edit.plan
+        terms = self._terms(edit)[edit.which]
+        if rho is not None:
+            terms[edit.relative] *= rho[edit.matches.row[edit.relative], None]
+        groups = np.zeros((len(plan.group_size), terms.shape[1]), np.float32)
+        for low, high in pairwise(plan.match_ranks):
+            groups[plan.group[low:high]] += terms[plan.match[low:high]]
+        groups[edit.mean] /= plan.group_size[edit.mean, None].astype(np.float32)
+        groups *= edit.strength[:, None]
+        delta = np.zeros((len(plan.row), terms.shape[1]), np.float32)
+        for low, high in pairwise(plan.group_ranks):
+            chosen = plan.group_order[low:high]
+            delta[plan.group_position[chosen]] += groups[chosen]
+        return delta
+
+    def _terms(self, edit: Edit) -> Floats:
+        """Return the residual of each distinct entry, float32 [U, d]; for the relative rule without rho."""
+        vectors = decode_vectors(self.table.vectors[edit.entries], self.table.dtype).astype(np.float32)
+        scales = self.table.scales[edit.concepts].astype(np.float32)
+        rules = np.array(edit.rules)
+        bounded = rules != "absolute"
+        scales[bounded] = np.tanh(scales[bounded])
+        relative = rules == "relative"
+        norms = np.sqrt(np.square(vectors[relative]).sum(axis=1, dtype=np.float32))
+        vectors[relative] /= np.maximum(norms, np.float32(1e-12))[:, None]
+        return vectors * scales
+
     def _record(self, concept: int) -> ConceptRecord:
         record = self._records.get(concept)
         if record is None:
@@ -263,39 +297,10 @@ class Residual:
             return hidden
         edited: npt.NDArray[Any] = hidden.copy()
         with np.errstate(over="ignore", invalid="ignore"):  # what overflows becomes infinite, as in PyTorch
-            edited[edit.plan.row, edit.plan.position] += self._delta(edit, hidden, lengths).astype(hidden.dtype)
+            rho = mean_norm(hidden, lengths) if edit.relative.any() else None
+            delta = self._editor.sum_up(edit, rho)
+            edited[edit.plan.row, edit.plan.position] += delta.astype(hidden.dtype)
         return edited
-
-    def _delta(self, edit: Edit, hidden: npt.NDArray[Any], lengths: npt.ArrayLike | None) -> Floats:
-        """Return the residual of each edited position, float32 [P, d]."""
-        plan = edit.plan
-        terms = self._terms(edit)[edit.which]
-        if edit.relative.any():
-            rho = mean_norm(hidden, lengths)
-            terms[edit.relative] *= rho[edit.matches.row[edit.relative], None]
-        groups = np.zeros((len(plan.group_size), terms.shape[1]), np.float32)
-        for low, high in pairwise(plan.match_ranks):
-            groups[plan.group[low:high]] += terms[plan.match[low:high]]
-        groups[edit.mean] /= plan.group_size[edit.mean, None].astype(np.float32)
-        groups *= edit.strength[:, None]
-        delta = np.zeros((len(plan.row), terms.shape[1]), np.float32)
-        for low, high in pairwise(plan.group_ranks):
-            chosen = plan.group_order[low:high]
-            delta[plan.group_position[chosen]] += groups[chosen]
-        return delta
-
-    def _terms(self, edit: Edit) -> Floats:
-        """Return the residual of each distinct entry, float32 [U, d]; for the relative rule without rho."""
-        table = self._editor.table
-        vectors = decode_vectors(table.vectors[edit.entries], table.dtype).astype(np.float32)
-        scales = table.scales[edit.concepts].astype(np.float32)
-        rules = np.array(edit.rules)
-        bounded = rules != "absolute"
-        scales[bounded] = np.tanh(scales[bounded])
-        relative = rules == "relative"
-        norms = np.sqrt(np.square(vectors[relative]).sum(axis=1, dtype=np.float32))
-        vectors[relative] /= np.maximum(norms, np.float32(1e-12))[:, None]
-        return vectors * scales
 
 
 def drop_silent(matches: Matches, concepts: list[int]) -> Matches:

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from engram_core.errors import InputError, MissingSettingsError, quote
 
-__all__ = ["Layer", "dump_settings", "resolve_settings", "setting_names"]
+__all__ = ["Layer", "dump_settings", "resolve_settings", "setting_names", "split_strength"]
 
 SettingsType = TypeVar("SettingsType")
 
@@ -95,6 +95,26 @@ def dump_settings(settings: Any) -> dict[str, Any]:
         for name, (value, default) in values.items()
         if value is not None or default is not None
     }
+
+
+def split_strength(text: str) -> tuple[str, float]:
+    """Return file and strength of `FILE` or `FILE@STRENGTH`, as users name an adapter; 1.0 where none is given.
+
+    What exists under the whole text is a file of that name, and a text whose end is no number is left whole unless
+    the part before it exists.
+
+    Raises:
+        InputError: an existing file is followed by something else than a number.
+    """
+    file, mark, strength = text.rpartition("@")
+    if not mark or not file or Path(text).exists():
+        return text, 1.0
+    try:
+        return file, float(strength)
+    except ValueError:
+        if not Path(file).exists():
+            return text, 1.0  # opening it will tell
+        raise InputError(f"{text}: {quote(strength)} after @ is not a number; expected FILE@0.8") from None
 
 
 def _plain(value: Any) -> Any:

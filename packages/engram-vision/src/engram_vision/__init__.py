@@ -1,12 +1,11 @@
-"""engram_vision: memories for image generators in diffusers, backbones `sd15` and `sd35`.
+"""engram_vision: memories for image generators in diffusers, backbones `sd15`, `sdxl` and `sd35`.
 
     from engram_vision import load_engram, unload_engrams
 
-    load_engram(pipeline, "zorbit.safetensors")  # a StableDiffusionPipeline
+    load_engram(pipeline, "zorbit.safetensors")  # any pipeline of Stable Diffusion 1.x, XL or 3.x
     unload_engrams(pipeline)                     # exactly as before
 
 Names are imported when they are first used: the command line reads settings without loading torch.
-`sd35` has its streams, its tokenizers and the import of TinyEngram checkpoints so far.
 """
 
 from importlib import import_module
@@ -14,33 +13,62 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from engram_vision.generation import generate
-    from engram_vision.loading import LoadedEngram, list_engrams, load_engram, unload_engrams
-    from engram_vision.settings import GenerateSettings, TrainSettings
+    from engram_vision.loading import (
+        LoadedEngram,
+        disable_engrams,
+        enable_engrams,
+        list_engrams,
+        load_engram,
+        set_strength,
+        unload_engrams,
+    )
+    from engram_vision.settings import (
+        SD15GenerateSettings,
+        SD15TrainSettings,
+        SD35GenerateSettings,
+        SD35TrainSettings,
+        SDXLGenerateSettings,
+        SDXLTrainSettings,
+    )
     from engram_vision.training.trainer import train
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "GenerateSettings",
     "LoadedEngram",
-    "TrainSettings",
+    "SD15GenerateSettings",
+    "SD15TrainSettings",
+    "SD35GenerateSettings",
+    "SD35TrainSettings",
+    "SDXLGenerateSettings",
+    "SDXLTrainSettings",
     "__version__",
+    "disable_engrams",
+    "enable_engrams",
     "generate",
     "list_engrams",
     "load_engram",
+    "set_strength",
     "train",
     "unload_engrams",
 ]
 
 _HOMES = {
-    "GenerateSettings": "engram_vision.settings",
     "LoadedEngram": "engram_vision.loading",
-    "TrainSettings": "engram_vision.settings",
-    "generate": "engram_vision.generation",
+    "disable_engrams": "engram_vision.loading",
+    "enable_engrams": "engram_vision.loading",
     "list_engrams": "engram_vision.loading",
     "load_engram": "engram_vision.loading",
-    "train": "engram_vision.training.trainer",
+    "set_strength": "engram_vision.loading",
     "unload_engrams": "engram_vision.loading",
+    "SD15GenerateSettings": "engram_vision.settings",
+    "SD15TrainSettings": "engram_vision.settings",
+    "SD35GenerateSettings": "engram_vision.settings",
+    "SD35TrainSettings": "engram_vision.settings",
+    "SDXLGenerateSettings": "engram_vision.settings",
+    "SDXLTrainSettings": "engram_vision.settings",
+    "generate": "engram_vision.generation",
+    "train": "engram_vision.training.trainer",
 }
 
 

@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 
 from engram_core import Adapter, InputError, PromptAudit
+from engram_vision.conditions import prompt_length
+from engram_vision.families import SD35, family_of
 from engram_vision.loading import pipeline_tokenizers
 from engram_vision.quiet import quiet_libraries
 
@@ -47,7 +49,7 @@ def draw(
     batches: matrix products of another shape may round differently.
 
     Args:
-        pipeline: a Stable Diffusion pipeline on its device.
+        pipeline: a text-to-image pipeline of a known family, on its device.
         drawings: what to draw.
         steps: denoising steps.
         guidance: classifier-free guidance scale.
@@ -60,7 +62,10 @@ def draw(
     Raises:
         InputError: the width or height is not one that the model can draw.
     """
-    multiple = max(8, pipeline.vae_scale_factor)  # diffusers insists on 8
+    family = family_of(pipeline)
+    # diffusers insists on 8; the transformer cuts latents into patches.
+    multiple = max(8, pipeline.vae_scale_factor * (pipeline.patch_size if family is SD35 else 1))
+    options = {"max_sequence_length": prompt_length(pipeline)} if family is SD35 else {}
     for side, pixels in (("width", width), ("height", height)):
         if pixels is not None and pixels % multiple:
             raise InputError(f"{side} is {pixels}, expected a multiple of {multiple}")
@@ -72,12 +77,14 @@ def draw(
         with quiet_libraries():  # `find_cut` tells what diffusers would say of long prompts, once and in words
             images += pipeline(
                 [drawing.prompt for drawing in batch],
-                negative_prompt=[negative] * len(batch),
+                # Without one, XL takes states of zeros, which are not those of an empty text.
+                negative_prompt=[negative] * len(batch) if negative else None,
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 width=width,
                 height=height,
                 generator=generators,
+                **options,
             ).images
         if advance is not None:
             advance(len(images))
@@ -97,7 +104,8 @@ def find_cut(pipeline: Any, prompts: Sequence[str]) -> list[str]:
 
 def find_silent(pipeline: Any, adapter: Adapter, prompts: Sequence[str]) -> list[str]:
     """Return a sentence for each trigger that stands in a prompt as text but does not fire, and why."""
-    audit = PromptAudit(adapter, pipeline_tokenizers(pipeline))
+    tokenizers = pipeline_tokenizers(pipeline)
+    audit = PromptAudit(adapter, tokenizers, list(tokenizers))
     return [
         f"{silent.concept!r} stands in {prompt!r} but does not fire in {silent.stream}: {silent.reason}"
         for prompt in dict.fromkeys(prompts)

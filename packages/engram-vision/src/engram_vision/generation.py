@@ -7,11 +7,13 @@ import io
 import json
 import re
 import time
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -20,18 +22,27 @@ from engram_core import (
     AdapterWriteError,
     Generated,
     GenerateReport,
-    IncompatibleAdaptersError,
     InputError,
     TargetExistsError,
     Watcher,
     open_adapter,
 )
 from engram_core.container import open_target, write_all
+from engram_core.hub import find_adapter
+from engram_core.settings import split_strength
 from engram_vision.drawing import Drawing, draw, find_cut, find_silent
 from engram_vision.grid import draw_grid
-from engram_vision.loading import list_engrams, load_engram, unload_engrams
-from engram_vision.models import load_pipeline, model_fingerprint, pick_device
-from engram_vision.settings import GenerateSettings
+from engram_vision.loading import (
+    check_base,
+    check_family,
+    disable_engrams,
+    enable_engrams,
+    list_engrams,
+    load_engram,
+)
+from engram_vision.models import load_pipeline, pick_device
+from engram_vision.settings import GenerateSettings, without_streams
+from engram_vision.shipped import TINY, tiny_folder
 
 __all__ = ["generate", "make_folder", "save_png"]
 
@@ -74,13 +85,16 @@ def generate(settings: GenerateSettings, *, overwrite: bool = False, watcher: Wa
     _check_targets(
         [*(path for group in paths.values() for path in group), *([grid_path] if grid_path else [])], overwrite
     )
-    for chosen in adapters:
-        _check_base(chosen.adapter, settings.model)
+    _check_models(adapters, settings)
     device = pick_device(settings.device, settings.precision)
     watcher.begin(f"loading {settings.model}")
-    pipeline = load_pipeline(settings.model, precision=settings.precision, device=device)
+    pipeline = _open_model(settings, device, watcher)
     # Loaded before anything is drawn, because they may not fit the model or one another.
-    _load(pipeline, adapters)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        _load(pipeline, adapters, settings)
+    for warning in warned:
+        watcher.note(str(warning.message))
     for sentence in _list_notes(pipeline, adapters, [drawing.prompt for drawing in drawings]):
         watcher.note(sentence)
     make_folder(settings.output)
@@ -89,9 +103,10 @@ def generate(settings: GenerateSettings, *, overwrite: bool = False, watcher: Wa
     files: list[Generated] = []
     watcher.begin("drawing", len(drawings) * len(variants))
     for number, variant in enumerate(variants):
-        unload_engrams(pipeline)
         if variant == "engram":
-            _load(pipeline, adapters)
+            enable_engrams(pipeline)
+        else:
+            disable_engrams(pipeline)
         before = number * len(drawings)
         pictures[variant] = draw(
             pipeline,
@@ -104,8 +119,8 @@ def generate(settings: GenerateSettings, *, overwrite: bool = False, watcher: Wa
             batch_size=settings.batch_size,
             advance=lambda done, before=before: watcher.advance(before + done),  # type: ignore[misc]
         )
-        engrams = _engrams(pipeline)
-        identity = _identity(pipeline, engrams)
+        engrams = _engrams(pipeline) if variant == "engram" else "[]"
+        identity = _identity(pipeline, engrams) if variant == "engram" else None
         for image, drawing, path in zip(pictures[variant], drawings, paths[variant], strict=True):
             save_png(image, path, _facts(settings, drawing, engrams), overwrite=overwrite)
             files.append(Generated(path=path, prompt=drawing.prompt, seed=drawing.seed, identity=identity))
@@ -176,8 +191,8 @@ def _adapters(settings: GenerateSettings) -> list[_Chosen]:
     """Open the adapters and settle the strength of each concept."""
     opened = []
     for text in settings.adapters:
-        file, factor = _split_strength(text)
-        opened.append((file, open_adapter(file), factor))
+        file, factor = split_strength(text)
+        opened.append((file, open_adapter(find_adapter(file)), factor))
     strengths = _strengths(settings.strengths, {name for _, adapter, _ in opened for name in adapter.names()})
     return [
         _Chosen(
@@ -187,19 +202,6 @@ def _adapters(settings: GenerateSettings) -> list[_Chosen]:
         )
         for file, adapter, factor in opened
     ]
-
-
-def _split_strength(text: str) -> tuple[str, float]:
-    """Return file and strength of `FILE` or `FILE@STRENGTH`."""
-    file, _, number = text.rpartition("@")
-    if not file or Path(text).exists():
-        return text, 1.0
-    try:
-        return file, float(number)
-    except ValueError:
-        if not Path(file).exists():
-            return text, 1.0  # a file that does not exist and has an @ in its name, as opening it will tell
-        raise InputError(f"{text}: {number!r} after @ is not a number; expected FILE@0.8") from None
 
 
 def _strengths(texts: Sequence[str], known: Collection[str]) -> dict[str, float]:
@@ -219,18 +221,35 @@ def _strengths(texts: Sequence[str], known: Collection[str]) -> dict[str, float]
     return strengths
 
 
-def _load(pipeline: Any, adapters: Sequence[_Chosen]) -> None:
+def _open_model(settings: GenerateSettings, device: torch.device, watcher: Watcher) -> Any:
+    """Return the pipeline on its device; in low memory only the part that is at work will be there."""
+    offloads = settings.low_memory and device.type != "cpu"
+    if settings.low_memory and not offloads:
+        watcher.note("low_memory has no effect on the CPU: there is no other memory to move parts to")
+    pipeline = load_pipeline(
+        settings.family,
+        settings.model,
+        precision=settings.precision,
+        device=None if offloads else device,
+        without=without_streams(settings),
+    )
+    if offloads:
+        pipeline.enable_model_cpu_offload(device=device)
+    return pipeline
+
+
+def _check_models(adapters: Sequence[_Chosen], settings: GenerateSettings) -> None:
+    """Refuse adapters of other models before this one is loaded."""
+    place = str(tiny_folder(settings.family.name)) if settings.model == TINY else settings.model
     for chosen in adapters:
-        load_engram(pipeline, chosen.adapter, strength=chosen.strengths, name=chosen.file)
+        check_family(chosen.adapter, settings.family)
+        if not settings.force_base:
+            check_base(chosen.adapter, place)
 
 
-def _check_base(adapter: Adapter, model: str) -> None:
-    expected, found = adapter.manifest.base_fingerprint, model_fingerprint(model)
-    if expected and found and expected != found:
-        raise IncompatibleAdaptersError(
-            f"{adapter.label}: was trained on {adapter.manifest.base_model} with fingerprint {expected[:12]}, "
-            f"{model} has {found[:12]}; it belongs to another version of the checkpoint, train it again"
-        )
+def _load(pipeline: Any, adapters: Sequence[_Chosen], settings: GenerateSettings) -> None:
+    for chosen in adapters:
+        load_engram(pipeline, chosen.adapter, strength=chosen.strengths, name=chosen.file, force=settings.force_base)
 
 
 def _identity(pipeline: Any, engrams: str) -> str | None:

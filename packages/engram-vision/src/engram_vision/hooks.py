@@ -7,15 +7,17 @@ replaced as a whole, so a forward pass in another thread sees either the old or 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from engram_core import Adapter, InputError, Matcher
 from engram_core.torch import Residual, match_tensor
+from engram_vision.families import PENULTIMATE
 
 __all__ = ["TextEdit", "attach", "attached", "detach"]
 
@@ -28,19 +30,26 @@ class TextEdit:
         adapter: the concepts.
         stream: the adapter's stream that belongs to the encoder.
         strength: one factor, or concept name to factor.
+        site: which of the encoder's states is edited.
         matcher, residual: prepared from these; see `TextEdit.of`.
     """
 
     adapter: Adapter
     stream: str
     strength: float | Mapping[str, float]
+    site: str
     matcher: Matcher
     residual: Residual
 
     @classmethod
     def of(cls, adapter: Adapter, stream: str, strength: float | Mapping[str, float] = 1.0) -> TextEdit:
         """Prepare one stream of an adapter."""
-        return cls(adapter, stream, strength, Matcher(adapter, stream), Residual(adapter, stream))
+        site = adapter.manifest.streams[stream].site
+        return cls(adapter, stream, strength, site, Matcher(adapter, stream), Residual(adapter, stream))
+
+    def with_strength(self, strength: float | Mapping[str, float]) -> TextEdit:
+        """Return the same edit with another strength; nothing is prepared anew."""
+        return TextEdit(self.adapter, self.stream, strength, self.site, self.matcher, self.residual)
 
 
 @dataclass(slots=True, eq=False)
@@ -50,14 +59,20 @@ class _Attachment:
 
 
 _attachments: weakref.WeakKeyDictionary[nn.Module, _Attachment] = weakref.WeakKeyDictionary()
+_untraced: Callable[..., Any] | None = None  # made when first needed, because it loads the compiler
 
 
 def attach(encoder: nn.Module, edit: TextEdit) -> None:
-    """Edit an encoder's last hidden state from now on; replaces what was attached before."""
+    """Edit an encoder's states from now on; replaces what was attached before."""
+    global _untraced
     attachment = _attachments.get(encoder)
     if attachment is not None:
         attachment.edit = edit
         return
+    if _untraced is None:
+        apart: Any = torch.compiler.disable  # has no types
+        _untraced = apart(_edit)
+    _drop_copied_hook(encoder)
     # The hook must not keep the encoder alive through the attachment, nor be found by names in the module.
     handle = encoder.register_forward_hook(_edit_output, with_kwargs=True)
     _attachments[encoder] = _Attachment(edit, handle)
@@ -76,8 +91,20 @@ def detach(encoder: nn.Module) -> None:
         attachment.handle.remove()
 
 
+def _drop_copied_hook(encoder: nn.Module) -> None:
+    """Remove the hook that a copy of an encoder took along: with it the copy's states would be edited twice."""
+    for number in [number for number, hook in encoder._forward_hooks.items() if hook is _edit_output]:
+        del encoder._forward_hooks[number]
+        encoder._forward_hooks_with_kwargs.pop(number, None)
+
+
 def _edit_output(encoder: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
-    """Add the residual to the last hidden state; returns None, and so the very same output, when nothing fires."""
+    """Leave what `torch.compile` traces, and edit."""
+    return None if _untraced is None else _untraced(encoder, args, *rest)
+
+
+def _edit(encoder: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
+    """Add the residual to the states at the site; returns None, and so the very same output, when nothing fires."""
     edit = attached(encoder)
     if edit is None or len(rest) < 2:
         # PyTorch leaves the keywords out while another thread is attaching or detaching: nothing is attached then.
@@ -89,6 +116,10 @@ def _edit_output(encoder: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
     matches = match_tensor(edit.matcher, ids.reshape(-1, ids.shape[-1]))
     if not len(matches):
         return None
+    return _edit_penultimate(edit, matches, output) if edit.site == PENULTIMATE else _edit_last(edit, matches, *rest)
+
+
+def _edit_last(edit: TextEdit, matches: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
     hidden = output[0]
     edited = edit.residual.apply(hidden, matches, strength=edit.strength)
     if edited is hidden:
@@ -102,3 +133,33 @@ def _edit_output(encoder: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
     if isinstance(output, tuple):
         return (edited, *output[1:])
     return type(output)(**{**output, "last_hidden_state": edited})
+
+
+def _edit_penultimate(edit: TextEdit, matches: Any, output: Any) -> Any:
+    is_tuple = isinstance(output, tuple)
+    # In a plain tuple the attentions, [B, heads, L, L] each, may stand beside the states.
+    found = (part for part in output if isinstance(part, tuple) and part[0].ndim == 3) if is_tuple else ()
+    states = next(iter(found), None) if is_tuple else output.hidden_states
+    if states is None:
+        return None  # who asks for no hidden states reads none: pooled states are never edited
+    edited = edit.residual.apply(states[-2], matches, strength=edit.strength)
+    if edited is states[-2]:
+        return None
+    replaced = _EditedStates((*states[:-2], edited, states[-1]))
+    if is_tuple:
+        return tuple(replaced if part is states else part for part in output)
+    return type(output)(**{**output, "hidden_states": replaced})
+
+
+class _EditedStates(tuple[Tensor, ...]):
+    """All hidden states, of which the last but one is edited: reading another one would leave the memory out."""
+
+    __slots__ = ()
+
+    def __getitem__(self, index: SupportsIndex | slice) -> Any:
+        if isinstance(index, slice) or range(len(self))[index] == len(self) - 2:
+            return super().__getitem__(index)
+        raise InputError(
+            "an engram fires, but the pipeline reads a hidden state other than the last but one (clip_skip); "
+            "leave clip_skip out, or unload the engrams"
+        )

@@ -5,16 +5,18 @@
     unload_engrams(pipeline)
 
 The pipeline stays the object it is: no weight, no tokenizer and no method of it is changed. What is loaded
-belongs to the text encoder, so pipelines that share an encoder share what is loaded.
+belongs to the text encoders, so pipelines that share an encoder share what is loaded.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
+import warnings
 import weakref
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +33,27 @@ from engram_core import (
     open_adapter,
     wrap_tokenizer,
 )
+from engram_core.hub import find_adapter
+from engram_vision.families import Family, family_of
 from engram_vision.hooks import TextEdit, attach, detach
+from engram_vision.shipped import known_fingerprint
 
-__all__ = ["LoadedEngram", "list_engrams", "load_engram", "pipeline_tokenizers", "unload_engrams"]
+__all__ = [
+    "LoadedEngram",
+    "check_base",
+    "check_family",
+    "disable_engrams",
+    "enable_engrams",
+    "list_engrams",
+    "load_engram",
+    "pipeline_tokenizers",
+    "set_strength",
+    "unload_engrams",
+]
 
-# Stream to the names that diffusers gives its tokenizer and its encoder, for each backbone.
-_COMPONENTS: Mapping[str, Mapping[str, tuple[str, str]]] = {"sd15": {"clip_l": ("tokenizer", "text_encoder")}}
-_BACKBONE = "sd15"
-_SITE = "last_hidden_state"
 _LARGEST_STRENGTH = float(np.finfo(np.float32).max)
+
+Strength = float | Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -50,11 +64,13 @@ class LoadedEngram:
         name: what it is called in this pipeline.
         adapter: its concepts.
         strength: one factor for all of them, or concept name to factor.
+        enabled: whether it is in force.
     """
 
     name: str
     adapter: Adapter
-    strength: float | Mapping[str, float]
+    strength: Strength
+    enabled: bool = True
 
     def factors(self) -> dict[str, float]:
         """Return each concept's strength by its name."""
@@ -63,7 +79,22 @@ class LoadedEngram:
         return dict.fromkeys(self.adapter.names(), self.strength)
 
 
-_loaded: weakref.WeakKeyDictionary[nn.Module, tuple[LoadedEngram, ...]] = weakref.WeakKeyDictionary()
+@dataclass(frozen=True, slots=True, eq=False)
+class _State:
+    """What is loaded into encoders that some pipeline brought together.
+
+    Attributes:
+        loaded: in the order of loading.
+        places: the encoders, each with the stream it is for.
+        edits: what is attached, by stream.
+    """
+
+    loaded: tuple[LoadedEngram, ...]
+    places: tuple[tuple[weakref.ref[nn.Module], str], ...]
+    edits: Mapping[str, TextEdit]
+
+
+_states: weakref.WeakKeyDictionary[nn.Module, _State] = weakref.WeakKeyDictionary()
 _changing = threading.Lock()
 
 
@@ -72,33 +103,85 @@ def load_engram(
     source: str | os.PathLike[str] | Adapter,
     *,
     name: str | None = None,
-    strength: float | Mapping[str, float] = 1.0,
+    strength: Strength = 1.0,
+    filename: str | None = None,
+    revision: str | None = None,
+    force: bool = False,
 ) -> None:
     """Load an adapter into a pipeline, beside those that are loaded already.
 
     Args:
-        pipeline: a `StableDiffusionPipeline`, or any other with SD1.x's tokenizer and text encoder.
-        source: adapter file, or an opened adapter.
-        name: to unload it by; None means the file's name without suffix.
+        pipeline: any diffusers pipeline with the tokenizers and text encoders of Stable Diffusion 1.x, XL or 3.x.
+        source: adapter file, id of a hub repository (`owner/name`), or an opened adapter.
+        name: to address it by; None means the file's name without suffix, or the repository's.
         strength: one factor for all its concepts, or concept name to factor (1.0 for others); 0 is the base model.
+        filename: file in the repository; None means `engram.safetensors`.
+        revision: branch, tag or commit of the repository.
+        force: load it although it was trained on another model of the family.
+
+    Warns:
+        UserWarning: the pipeline lacks an optional encoder (T5) for which the adapter has a stream.
 
     Raises:
-        InputError: the pipeline has no such encoder or another tokenizer, the name is taken, or the strength is not
-            a number.
-        IncompatibleAdaptersError: the adapter was made for another backbone, width or site.
+        InputError: the pipeline has no such encoders or other tokenizers, the name is taken, the strength is not
+            a number, or the source cannot be found.
+        IncompatibleAdaptersError: the adapter was made for another backbone, base model, width or site.
         ConceptNotFoundError: `strength` names a concept that the adapter lacks.
         ConflictError: it contradicts what is loaded.
         AdapterReadError, AdapterFormatError: the file cannot be used.
     """
-    adapter = source if isinstance(source, Adapter) else open_adapter(source)
-    encoders = _fitting_encoders(pipeline, adapter)
-    name = name or (Path(adapter.path).stem if adapter.path is not None else adapter.names()[0])
-    loaded = LoadedEngram(name=name, adapter=adapter, strength=_check_strength(adapter, strength))
+    if isinstance(source, Adapter):
+        adapter = source
+    else:
+        adapter = open_adapter(find_adapter(source, filename=filename, revision=revision))
+    missing = _check_fit(pipeline, adapter, force=force)
+    name = name or _name_of(source, adapter)
+    new = LoadedEngram(name=name, adapter=adapter, strength=_check_strength(adapter, strength))
     with _changing:
         present = list_engrams(pipeline)
         if name in (other.name for other in present):
             raise InputError(f"an engram named {name!r} is loaded already; unload it first, or pass another name")
-        _apply(encoders, (*present, loaded))
+        _apply(pipeline, (*present, new))
+    for stream in missing:
+        warnings.warn(
+            f"{adapter.label}: its stream {stream!r} is left out, because the pipeline has no "
+            f"{family_of(pipeline).streams[stream].encoder}; the subject may look less like itself",
+            stacklevel=2,
+        )
+
+
+def set_strength(pipeline: Any, name: str, strength: Strength) -> None:
+    """Set how strongly a loaded adapter acts.
+
+    Args:
+        pipeline: with the adapter loaded.
+        name: of the adapter.
+        strength: one factor for all its concepts, or concept name to factor (1.0 for others); 0 is the base model.
+
+    Raises:
+        InputError: nothing of that name is loaded, or the strength is not a number.
+        ConceptNotFoundError: `strength` names a concept that the adapter lacks.
+    """
+    _change(pipeline, (name,), lambda one: replace(one, strength=_check_strength(one.adapter, strength)))
+
+
+def disable_engrams(pipeline: Any, *names: str) -> None:
+    """Put adapters out of force, without names all of them; they stay loaded.
+
+    Raises:
+        InputError: nothing of that name is loaded.
+    """
+    _change(pipeline, names, lambda one: replace(one, enabled=False))
+
+
+def enable_engrams(pipeline: Any, *names: str) -> None:
+    """Put adapters back into force, without names all of them.
+
+    Raises:
+        InputError: nothing of that name is loaded.
+        ConflictError: it contradicts another one that is in force.
+    """
+    _change(pipeline, names, lambda one: replace(one, enabled=True))
 
 
 def unload_engrams(pipeline: Any, *names: str) -> None:
@@ -107,90 +190,107 @@ def unload_engrams(pipeline: Any, *names: str) -> None:
     Raises:
         InputError: nothing of that name is loaded.
     """
-    with _changing:
-        present = list_engrams(pipeline)
-        for name in names:
-            if name not in (loaded.name for loaded in present):
-                known = ", ".join(repr(loaded.name) for loaded in present) or "nothing"
-                raise InputError(f"no engram named {name!r} is loaded; loaded: {known}")
-        left = tuple(loaded for loaded in present if names and loaded.name not in names)
-        _apply(_encoders(pipeline), left)
+    _change(pipeline, names, lambda _: None)
 
 
 def list_engrams(pipeline: Any) -> tuple[LoadedEngram, ...]:
     """Return what is loaded into a pipeline, in the order of loading."""
-    return next((found for encoder in _encoders(pipeline).values() if (found := _loaded.get(encoder))), ())
+    states = (_states.get(encoder) for encoder in family_of(pipeline).encoders(pipeline).values())
+    # Encoders of several pipelines, each with adapters of its own, may have come together in this one.
+    return tuple(dict.fromkeys(one for state in states if state is not None for one in state.loaded))
 
 
 def pipeline_tokenizers(pipeline: Any) -> dict[str, StreamTokenizer]:
-    """Return a pipeline's tokenizers by stream.
+    """Return a pipeline's tokenizers by stream, without those of optional encoders that it lacks.
 
     Raises:
         InputError: the pipeline has none of the tokenizers and encoders that are known here.
     """
+    family = family_of(pipeline)
     found = {}
-    for stream, encoder in _encoders(pipeline).items():
-        tokenizer = getattr(pipeline, _COMPONENTS[_BACKBONE][stream][0])
-        # The pipeline cuts prompts at the tokenizer's own limit.
-        limit = min(tokenizer.model_max_length, _config(encoder).max_position_embeddings)
-        found[stream] = wrap_tokenizer(tokenizer, max_length=limit)
+    for stream, encoder in family.encoders(pipeline).items():
+        part = family.streams[stream]
+        # A copy, because each use sets how a tokenizer of transformers pads and cuts: another thread may be drawing.
+        tokenizer = copy.deepcopy(getattr(pipeline, part.tokenizer))
+        found[stream] = wrap_tokenizer(tokenizer, max_length=part.read_length(tokenizer, encoder))
     return found
 
 
-def _encoders(pipeline: Any) -> dict[str, nn.Module]:
-    """Return a pipeline's text encoders by stream after checking that they are SD1.x's."""
-    found = {}
-    for stream, (tokenizer_name, encoder_name) in _COMPONENTS[_BACKBONE].items():
-        encoder = getattr(pipeline, encoder_name, None)
-        if getattr(pipeline, tokenizer_name, None) is None or encoder is None:
-            raise InputError(
-                f"{type(pipeline).__name__} has no {tokenizer_name} and {encoder_name}; "
-                "expected a Stable Diffusion 1.x pipeline with its text encoder"
-            )
-        # SDXL and SD3 have CLIP's encoder too, beside others, and read another state of it.
-        kind = getattr(_config(encoder), "model_type", None)
-        if kind != "clip_text_model" or getattr(pipeline, "text_encoder_2", None) is not None:
-            raise InputError(
-                f"{type(pipeline).__name__} has {'several text encoders' if kind == 'clip_text_model' else kind}; "
-                "expected a Stable Diffusion 1.x pipeline with its single clip_text_model"
-            )
-        found[stream] = encoder
-    return found
-
-
-def _config(encoder: nn.Module) -> Any:
-    return getattr(encoder, "config", None)
-
-
-def _fitting_encoders(pipeline: Any, adapter: Adapter) -> dict[str, nn.Module]:
-    """Return the pipeline's encoders after checking that the adapter was made for such ones."""
-    backbone, label = adapter.manifest.backbone, adapter.label
-    if backbone not in _COMPONENTS:
-        raise IncompatibleAdaptersError(
-            f"{label}: was made for {backbone}, {type(pipeline).__name__} is {_BACKBONE}; "
-            "load it into a pipeline of its own model family"
-        )
-    encoders = _encoders(pipeline)
+def _check_fit(pipeline: Any, adapter: Adapter, *, force: bool) -> list[str]:
+    """Check that an adapter was made for such a pipeline; return its streams that the pipeline has no encoder for."""
+    family, label = family_of(pipeline), adapter.label
+    check_family(adapter, family)
+    encoders, missing = family.encoders(pipeline), []
     for stream, spec in adapter.manifest.streams.items():
+        if stream not in family.streams:
+            raise IncompatibleAdaptersError(
+                f"{label}: has a stream {stream!r}, {family.name} has {', '.join(family.streams)}; "
+                "it cannot be used here"
+            )
         if stream not in encoders:
+            missing.append(stream)
+            continue
+        site = family.streams[stream].site
+        if spec.site != site:
             raise IncompatibleAdaptersError(
-                f"{label}: has a stream {stream!r}, {backbone} has {', '.join(encoders)}; it cannot be used here"
+                f"{label}: stream {stream!r} edits the {spec.site}, the pipeline reads the {site}; train it again"
             )
-        if spec.site != _SITE:
-            raise IncompatibleAdaptersError(
-                f"{label}: stream {stream!r} edits the {spec.site}, the pipeline reads the {_SITE}; train it again"
-            )
-        width = _config(encoders[stream]).hidden_size
+        width = encoders[stream].config.hidden_size
         if width != spec.width:
             raise IncompatibleAdaptersError(
-                f"{label}: stream {stream!r} has width {spec.width}, the pipeline's text encoder {width}; "
-                f"it was trained for {adapter.manifest.base_model}"
+                f"{label}: stream {stream!r} has width {spec.width}, the pipeline's {family.streams[stream].encoder} "
+                f"{width}; it was trained for {adapter.manifest.base_model}"
             )
-    check_tokenizers(adapter, pipeline_tokenizers(pipeline))
-    return encoders
+    if not force:
+        check_base(adapter, str(getattr(pipeline, "name_or_path", None) or ""))
+    check_tokenizers(adapter, pipeline_tokenizers(pipeline), list(encoders))
+    return missing
 
 
-def _check_strength(adapter: Adapter, strength: float | Mapping[str, float]) -> float | dict[str, float]:
+def check_family(adapter: Adapter, family: Family) -> None:
+    """Raise IncompatibleAdaptersError unless an adapter was made for a family."""
+    if adapter.manifest.backbone != family.name:
+        raise IncompatibleAdaptersError(
+            f"{adapter.label}: was made for {adapter.manifest.backbone}, this is {family.name} ({family.title}); "
+            "use it with a model of its own family"
+        )
+
+
+def check_base(adapter: Adapter, place: str) -> None:
+    """Refuse another model of the family than the adapter was trained on, where both say which they are.
+
+    Args:
+        adapter: its manifest tells.
+        place: where the model came from: a hub id or a folder; empty when unknown.
+
+    Raises:
+        IncompatibleAdaptersError: it is another one.
+    """
+    manifest, fingerprint = adapter.manifest, known_fingerprint(place)
+    if fingerprint and manifest.base_fingerprint and fingerprint != manifest.base_fingerprint:
+        raise IncompatibleAdaptersError(
+            f"{adapter.label}: was trained on {manifest.base_model} with fingerprint {manifest.base_fingerprint[:12]}, "
+            f"this one has {fingerprint[:12]}; train it again, or insist with force=True (--force-base)"
+        )
+    if _is_hub_id(place) and _is_hub_id(manifest.base_model) and place != manifest.base_model:
+        raise IncompatibleAdaptersError(
+            f"{adapter.label}: was trained on {manifest.base_model}, this is {place}; "
+            "train it again, or insist with force=True (--force-base)"
+        )
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
+
+
+def _name_of(source: str | os.PathLike[str] | Adapter, adapter: Adapter) -> str:
+    if isinstance(source, Adapter):
+        return Path(source.path).stem if source.path is not None else adapter.names()[0]
+    is_repository = not Path(source).exists()
+    return Path(source).name if is_repository else Path(source).stem
+
+
+def _check_strength(adapter: Adapter, strength: Strength) -> float | dict[str, float]:
     """Return a strength that cannot fail while drawing; of a mapping a copy, which the caller cannot change."""
 
     def check(factor: Any, of: str = "") -> float:
@@ -205,27 +305,54 @@ def _check_strength(adapter: Adapter, strength: float | Mapping[str, float]) -> 
     return {name: check(factor, f" of concept {name!r}") for name, factor in strength.items()}
 
 
-def _apply(encoders: Mapping[str, nn.Module], loaded: tuple[LoadedEngram, ...]) -> None:
+def _change(pipeline: Any, names: tuple[str, ...], change: Callable[[LoadedEngram], LoadedEngram | None]) -> None:
+    """Change, or remove where the change gives None, the adapters of these names; without names all."""
+    with _changing:
+        present = list_engrams(pipeline)
+        for name in names:
+            if name not in (one.name for one in present):
+                known = ", ".join(repr(one.name) for one in present) or "nothing"
+                raise InputError(f"no engram named {name!r} is loaded; loaded: {known}")
+        changed = (change(one) if not names or one.name in names else one for one in present)
+        _apply(pipeline, tuple(one for one in changed if one is not None))
+
+
+def _apply(pipeline: Any, loaded: tuple[LoadedEngram, ...]) -> None:
     """Attach exactly these adapters; computes everything before it changes anything."""
-    edits: dict[str, TextEdit] = {}
-    if loaded:
-        adapters = [one.adapter for one in loaded]
-        # One adapter stays memory-mapped; several become one, because triggers that overlap must be settled together.
-        adapter = adapters[0] if len(adapters) == 1 else merge_adapters(adapters)
-        strength = _strengths(loaded)
-        edits = {stream: TextEdit.of(adapter, stream, strength) for stream in adapter.streams}
-    for stream, encoder in encoders.items():
+    family = family_of(pipeline)
+    places = {encoder: stream for stream, encoder in family.encoders(pipeline).items()}
+    # Encoders that another pipeline shares with this one bring that pipeline's other encoders along.
+    for state in {id(state): state for encoder in places if (state := _states.get(encoder))}.values():
+        places |= {encoder: stream for reference, stream in state.places if (encoder := reference())}
+    edits = _prepare(loaded, [_states[encoder] for encoder in places if encoder in _states])
+    state = _State(loaded, tuple((weakref.ref(encoder), stream) for encoder, stream in places.items()), edits)
+    for encoder, stream in places.items():
         if stream in edits:
             attach(encoder, edits[stream])
         else:
             detach(encoder)
         if loaded:
-            _loaded[encoder] = loaded
+            _states[encoder] = state
         else:
-            _loaded.pop(encoder, None)
+            _states.pop(encoder, None)
 
 
-def _strengths(loaded: tuple[LoadedEngram, ...]) -> float | Mapping[str, float]:
+def _prepare(loaded: tuple[LoadedEngram, ...], before: list[_State]) -> dict[str, TextEdit]:
+    """Return what to attach for these adapters; an index that exists already is used again."""
+    active = [one for one in loaded if one.enabled]
+    if not active:
+        return {}
+    strength = _strengths(active)
+    for state in before:
+        if [one.adapter for one in state.loaded if one.enabled] == [one.adapter for one in active]:
+            return {stream: edit.with_strength(strength) for stream, edit in state.edits.items()}
+    adapters = [one.adapter for one in active]
+    # One adapter stays memory-mapped; several become one, because triggers that overlap must be settled together.
+    adapter = adapters[0] if len(adapters) == 1 else merge_adapters(adapters)
+    return {stream: TextEdit.of(adapter, stream, strength) for stream in adapter.streams}
+
+
+def _strengths(loaded: list[LoadedEngram]) -> Strength:
     if len(loaded) == 1:
         return loaded[0].strength
     factors: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""Loading Stable Diffusion 1.x pipelines: hub ids, folders in diffusers layout, single files, and `tiny`."""
+"""Loading diffusers pipelines: hub ids, folders in diffusers layout, single files, and `tiny`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from engram_core import InputError
+from engram_vision.families import SD15, Family
 from engram_vision.quiet import quiet_libraries
 from engram_vision.settings import Device, Precision
 from engram_vision.shipped import TINY, tiny_fingerprint, tiny_folder
@@ -20,17 +21,12 @@ __all__ = ["check_pipeline", "load_pipeline", "model_fingerprint", "pick_device"
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SINGLE_FILES = (".safetensors", ".ckpt")
-_MODULES = {
-    "unet": ("diffusers", "UNet2DConditionModel"),
-    "vae": ("diffusers", "AutoencoderKL"),
-    "text_encoder": ("transformers", "CLIPTextModel"),
-}
 _NO_CHECKER = {"safety_checker": None, "requires_safety_checker": False}
 
 
-def model_fingerprint(model: str) -> str | None:
+def model_fingerprint(family: Family, model: str) -> str | None:
     """Return the hex SHA-256 of the shipped checkpoint's weights; None for other models, which have many forms."""
-    return tiny_fingerprint() if model == TINY else None
+    return tiny_fingerprint(family.name) if model == TINY else None
 
 
 def pick_device(device: Device, precision: Precision = "fp32") -> torch.device:
@@ -49,54 +45,164 @@ def pick_device(device: Device, precision: Precision = "fp32") -> torch.device:
     return torch.device(name)
 
 
-def load_pipeline(model: str, *, precision: Precision = "fp32", device: torch.device | None = None) -> Any:
-    """Return a Stable Diffusion 1.x pipeline, without its safety checker.
+def load_pipeline(
+    family: Family,
+    model: str,
+    *,
+    precision: Precision = "fp32",
+    device: torch.device | None = None,
+    without: Collection[str] = (),
+) -> Any:
+    """Return a family's text-to-image pipeline, without a safety checker.
 
     Args:
+        family: what kind of model to expect.
         model: hub id, folder in diffusers layout, single `.safetensors` or `.ckpt` file, or `tiny`.
         precision: number type of the weights.
         device: where to put it; None means the CPU.
+        without: streams whose optional text encoders are not loaded, e.g. `("t5",)`.
 
     Raises:
         InputError: it cannot be found or read, or is another kind of model.
     """
-    source = tiny_folder() if model == TINY else Path(model).expanduser()
+    source = tiny_folder(family.name) if model == TINY else Path(model).expanduser()
+    loader = _Loader(family, model, _DTYPES[precision], without)
     with quiet_libraries(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # no safety checker, slow loading, missing torchvision: all meant
         if source.is_dir():
-            _check_index(model, _read_index(source))
-            pipeline = _load_parts(model, str(source), _DTYPES[precision])
+            pipeline = loader.from_folder(source)
         elif source.is_file():
-            pipeline = _load_single_file(model, source, _DTYPES[precision])
+            pipeline = loader.from_file(source)
         elif _looks_like_path(model):
             raise InputError(f"{model}: does not exist; give a hub id, a folder, a single file, or {TINY!r}")
         else:
-            pipeline = _load_from_hub(model, _DTYPES[precision])
-    check_pipeline(pipeline, model)
+            pipeline = loader.from_hub()
+    check_pipeline(family, pipeline, model)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline if device is None else pipeline.to(device)
 
 
-def check_pipeline(pipeline: Any, model: str) -> None:
-    """Raise InputError unless a pipeline is Stable Diffusion 1.x."""
-    if type(pipeline).__name__ != "StableDiffusionPipeline":
-        raise InputError(f"{model}: is a {type(pipeline).__name__}, expected a Stable Diffusion 1.x model")
-    missing = [name for name in (*_MODULES, "tokenizer", "scheduler") if getattr(pipeline, name, None) is None]
+def check_pipeline(family: Family, pipeline: Any, model: str) -> None:
+    """Raise InputError unless a pipeline is of the family."""
+    if type(pipeline).__name__ != family.pipeline_class:
+        raise InputError(f"{model}: is a {type(pipeline).__name__}, expected a {family.title} model")
+    needed = [name for part in family.streams.values() if not part.optional for name in (part.encoder, part.tokenizer)]
+    missing = [name for name in (family.denoiser, "vae", *needed, "scheduler") if getattr(pipeline, name, None) is None]
     if missing:
-        raise InputError(f"{model}: has no {', '.join(missing)}; expected a whole Stable Diffusion 1.x model")
-    unet, text = pipeline.unet.config, pipeline.text_encoder.config
-    if unet.in_channels != pipeline.vae.config.latent_channels:
+        raise InputError(f"{model}: has no {', '.join(missing)}; expected a whole {family.title} model")
+    denoiser = getattr(pipeline, family.denoiser).config
+    if denoiser.in_channels != pipeline.vae.config.latent_channels:
         raise InputError(
-            f"{model}: its U-Net has {unet.in_channels} input channels, text to image has "
+            f"{model}: its {family.denoiser} has {denoiser.in_channels} input channels, text to image has "
             f"{pipeline.vae.config.latent_channels}; inpainting and depth models are not supported"
         )
-    if text.model_type == "clip_text_model" and text.hidden_size == 1024:  # OpenCLIP ViT-H, its last state but one
+    widths = {part.encoder: _width(pipeline, part.encoder) for part in family.streams.values()}
+    if family is SD15 and widths["text_encoder"] == 1024:  # OpenCLIP ViT-H, its last state but one
         raise InputError(f"{model}: is Stable Diffusion 2 (text states of width 1024), expected 1.x")
-    if text.model_type != "clip_text_model" or unet.cross_attention_dim != text.hidden_size:
+    read = denoiser.cross_attention_dim if family.denoiser == "unet" else denoiser.joint_attention_dim
+    clip = sum(widths[part.encoder] for part in family.streams.values() if part.model_type == "clip_text_model")
+    fits = clip == read if family.denoiser == "unet" else clip <= read == (widths["text_encoder_3"] or read)
+    if not fits:
+        given = ", ".join(f"{name} {width}" for name, width in widths.items() if width)
         raise InputError(
-            f"{model}: its U-Net reads states of width {unet.cross_attention_dim}, its text encoder "
-            f"({text.model_type}) gives {text.hidden_size}; this is not Stable Diffusion 1.x"
+            f"{model}: its {family.denoiser} reads states of width {read}, its text encoders give {given}; "
+            f"this is not {family.title}"
         )
+
+
+def _width(pipeline: Any, encoder: str) -> int:
+    """Return the width of an encoder's states; 0 where the pipeline lacks it."""
+    module = getattr(pipeline, encoder)
+    return 0 if module is None else int(module.config.hidden_size)
+
+
+class _Loader:
+    """Loads one model of a family, whatever form it has."""
+
+    def __init__(self, family: Family, model: str, dtype: torch.dtype, without: Collection[str]) -> None:
+        self._family, self._model, self._dtype = family, model, dtype
+        # The tokenizer stays: it tells how long prompts are, also where zeros stand for the encoder's states.
+        self._absent: dict[str, None] = dict.fromkeys(family.streams[stream].encoder for stream in without)
+        self._options: dict[str, Any] = {**self._absent, **(_NO_CHECKER if family is SD15 else {})}
+
+    def from_folder(self, folder: Path) -> Any:
+        """Load a folder in diffusers layout."""
+        index = _read_index(folder)
+        self._check_index(index)
+        return self._load_parts(str(folder), index)
+
+    def from_hub(self) -> Any:
+        """Load a repository of the hub, or of its cache."""
+        remedy = "; there is no such folder here, and a hub id needs the network or the hub's cache"
+        index = self._load(remedy, self._pipeline_class().load_config, self._model)
+        self._check_index(index)
+        return self._load_parts(self._model, index, remedy)
+
+    def from_file(self, file: Path) -> Any:
+        """Load a checkpoint in the layout of Stable Diffusion's authors, which has weights but no configuration."""
+        if file.suffix not in _SINGLE_FILES:
+            raise InputError(
+                f"{self._model}: is not a model; expected a folder, or a file {' or '.join(_SINGLE_FILES)}"
+            )
+        options: dict[str, Any] = {"torch_dtype": self._dtype, **self._options}
+        remedy = "; a single file takes its configuration from the hub, unless a model_index.json lies beside it"
+        if (file.parent / "model_index.json").is_file():  # as in the published repository
+            self._check_index(_read_index(file.parent))
+            options["config"], remedy = str(file.parent), ""
+        pipeline = self._load(remedy, self._pipeline_class().from_single_file, str(file), **options)
+        for name in self._family.modules():
+            module = getattr(pipeline, name)
+            if module is not None:
+                self._expect_whole(name, [key for key, weight in module.state_dict().items() if weight.is_meta])
+        return pipeline
+
+    def _check_index(self, index: Mapping[str, Any]) -> None:
+        """Refuse other kinds of models before their weights are loaded, or even downloaded."""
+        kind, family = str(index["_class_name"]), self._family
+        stem = family.pipeline_class.removesuffix("Pipeline")
+        if not kind.startswith(stem) or (family is SD15 and ("3" in kind or "XL" in kind)):
+            raise InputError(f"{self._model}: is a {kind}, expected a {family.title} model ({family.pipeline_class})")
+        optional = {part.encoder for part in family.streams.values() if part.optional}
+        for name, (_, expected) in family.modules().items():
+            found = index.get(name)
+            if name in optional and found in (None, [None, None]):
+                continue
+            if not isinstance(found, list) or found[-1:] != [expected]:
+                raise InputError(f"{self._model}: its {name} is {found}, expected {expected} as in {family.title}")
+
+    def _load_parts(self, source: str, index: Mapping[str, Any], remedy: str = "") -> Any:
+        """Load the modules one by one, because a pipeline does not tell what was missing."""
+        modules: dict[str, Any] = {}
+        for name, (library, kind) in self._family.modules().items():
+            if name in self._absent or index.get(name) in (None, [None, None]):
+                continue
+            loader = getattr(importlib.import_module(library), kind).from_pretrained
+            options = {"subfolder": name, "torch_dtype": self._dtype, "output_loading_info": True}
+            modules[name], report = self._load(remedy, loader, source, **options)
+            self._expect_whole(name, report["missing_keys"])
+        return self._load(remedy, self._pipeline_class().from_pretrained, source, **modules, **self._options)
+
+    def _expect_whole(self, name: str, missing: Collection[str]) -> None:
+        """Refuse what the libraries accept: they make up missing weights at random, or leave them without values."""
+        if missing:
+            raise InputError(
+                f"{self._model}: cannot be loaded: {len(missing)} weights of its {name} are missing, "
+                f"e.g. {min(missing)}; download it again"
+            )
+
+    def _pipeline_class(self) -> Any:
+        # diffusers talks of torchvision when first imported.
+        return getattr(importlib.import_module("diffusers"), self._family.pipeline_class)
+
+    def _load(self, remedy: str, loader: Any, source: str, **options: Any) -> Any:
+        try:
+            return loader(source, **options)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(
+                f"{self._model}: cannot be loaded as a {self._family.title} model: {type(error).__name__}: "
+                f"{reason}{remedy}"
+            ) from error
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
@@ -108,73 +214,6 @@ def _read_index(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder}: has no model_index.json; expected a model in diffusers layout") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file}: cannot be read: {type(error).__name__}: {error}") from None
-
-
-def _check_index(model: str, index: Mapping[str, Any]) -> None:
-    """Refuse other kinds of models before their weights are loaded, or even downloaded."""
-    kind = str(index["_class_name"])
-    if not kind.startswith("StableDiffusion") or "3" in kind or "XL" in kind:
-        raise InputError(f"{model}: is a {kind}, expected a Stable Diffusion 1.x model (StableDiffusionPipeline)")
-    for name, (_, expected) in _MODULES.items():
-        found = index.get(name)
-        if not isinstance(found, list) or found[-1:] != [expected]:
-            raise InputError(f"{model}: its {name} is {found}, expected {expected} as in Stable Diffusion 1.x")
-
-
-def _load_parts(model: str, source: str, dtype: torch.dtype, remedy: str = "") -> Any:
-    """Load a model in diffusers layout; the modules one by one, because a pipeline does not tell what was missing."""
-    modules: dict[str, Any] = {}
-    for name, (library, kind) in _MODULES.items():
-        loader = getattr(importlib.import_module(library), kind).from_pretrained
-        options = {"subfolder": name, "torch_dtype": dtype, "output_loading_info": True}
-        modules[name], report = _load(model, remedy, loader, source, **options)
-        _expect_whole(model, name, report["missing_keys"])
-    return _load(model, remedy, _pipeline_class().from_pretrained, source, **modules, **_NO_CHECKER)
-
-
-def _load_from_hub(model: str, dtype: torch.dtype) -> Any:
-    remedy = "; there is no such folder here, and a hub id needs the network or the hub's cache"
-    _check_index(model, _load(model, remedy, _pipeline_class().load_config, model))
-    return _load_parts(model, model, dtype, remedy)
-
-
-def _load_single_file(model: str, source: Path, dtype: torch.dtype) -> Any:
-    """Load a checkpoint in the layout of Stable Diffusion's authors, which has weights but no configuration."""
-    if source.suffix not in _SINGLE_FILES:
-        raise InputError(f"{model}: is not a model; expected a folder, or a file {' or '.join(_SINGLE_FILES)}")
-    options: dict[str, Any] = {"torch_dtype": dtype, **_NO_CHECKER}
-    remedy = "; a single file takes its configuration from the hub, unless a model_index.json lies beside it"
-    if (source.parent / "model_index.json").is_file():  # as in the published repository
-        _check_index(model, _read_index(source.parent))
-        options["config"], remedy = str(source.parent), ""
-    pipeline = _load(model, remedy, _pipeline_class().from_single_file, str(source), **options)
-    for name in _MODULES:
-        weights = getattr(pipeline, name).state_dict()
-        _expect_whole(model, name, [key for key, weight in weights.items() if weight.is_meta])
-    return pipeline
-
-
-def _expect_whole(model: str, name: str, missing: Collection[str]) -> None:
-    """Refuse what the libraries accept: they make up missing weights at random, or leave them without values."""
-    if missing:
-        raise InputError(
-            f"{model}: cannot be loaded: {len(missing)} weights of its {name} are missing, e.g. {min(missing)}; "
-            "download it again"
-        )
-
-
-def _pipeline_class() -> Any:
-    return importlib.import_module("diffusers").StableDiffusionPipeline  # talks of torchvision when first imported
-
-
-def _load(model: str, remedy: str, loader: Any, source: str, **options: Any) -> Any:
-    try:
-        return loader(source, **options)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(
-            f"{model}: cannot be loaded as a Stable Diffusion 1.x model: {type(error).__name__}: {reason}{remedy}"
-        ) from error
 
 
 def _looks_like_path(model: str) -> bool:

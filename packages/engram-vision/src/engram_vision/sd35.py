@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from engram_core import Adapter, ConvertSettings, StreamTokenizer
-from engram_core.huggingface import TokenizerSource, load_tokenizers
+from engram_core import Adapter, ConvertSettings
+from engram_vision.backbone import ImageBackboneWithDemo
+from engram_vision.families import SD35 as FAMILY
+from engram_vision.settings import SD35GenerateSettings, SD35TrainSettings
 
 __all__ = ["SD35", "StableDiffusion35"]
 
 
-class StableDiffusion35:
+class StableDiffusion35(ImageBackboneWithDemo):
     """Stable Diffusion 3.5 (medium, large) in diffusers' `StableDiffusion3Pipeline`."""
 
-    name = "sd35"
-    kind = "concept-table"
+    family = FAMILY
     title = "Stable Diffusion 3.5"
-    # The states the prompt embedding is made of (report, section 2.7).
-    streams: Mapping[str, str] = {
-        "clip_l": "penultimate_hidden_state",
-        "clip_g": "penultimate_hidden_state",
-        "t5": "last_hidden_state",
-    }
     default_model = "stabilityai/stable-diffusion-3.5-medium"
-    tokenizers: Mapping[str, TokenizerSource] = {
-        "clip_l": TokenizerSource(subfolder="tokenizer", max_length=77),
-        "clip_g": TokenizerSource(subfolder="tokenizer_2", max_length=77),
-        "t5": TokenizerSource(subfolder="tokenizer_3", max_length=256),  # the pipeline's max_sequence_length
+    train_settings = SD35TrainSettings
+    generate_settings = SD35GenerateSettings
+    tiny_train: Mapping[str, Any] = {
+        "steps": 300,
+        "batch_size": 10,
+        "warm_up": 10,
+        "vector_rate": 0.05,
+        "scale_rate": 1e-2,
+        "weight_decay": 0.0,
+        "flip": True,
+        "validate_every": 50,
+        "precision": "fp32",
     }
-
-    def load_tokenizers(self, model: str, streams: Collection[str] | None = None) -> dict[str, StreamTokenizer]:
-        """Return the tokenizers of a model in diffusers layout; loads no weights."""
-        return load_tokenizers(model, self.tokenizers, streams)
+    tiny_generate: Mapping[str, Any] = {"steps": 20, "guidance": 4.0, "precision": "fp32"}
 
     def convert(self, source: Path, settings: ConvertSettings) -> Adapter:
         """Import a TinyEngram checkpoint: a folder with `engram_1..3.pt` and `scale_1..3.pt`."""

@@ -5,11 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from engram_core import DEFAULT_MAX_NGRAM, Activation, Overlap, Rule, VectorType
+from engram_vision.families import SD15, SD35, SDXL, Family
 
-__all__ = ["Device", "GenerateSettings", "Precision", "TrainSettings"]
+__all__ = [
+    "Device",
+    "GenerateSettings",
+    "Precision",
+    "SD15GenerateSettings",
+    "SD15TrainSettings",
+    "SD35GenerateSettings",
+    "SD35TrainSettings",
+    "SDXLGenerateSettings",
+    "SDXLTrainSettings",
+    "TrainSettings",
+    "without_streams",
+]
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -17,9 +30,10 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSettings:
-    """How one concept is trained. The defaults are the published SD1.5 script's where it has a value.
+    """How one concept is trained; each family has a class of its own, with the published scripts' values.
 
     Attributes:
+        family: the model family (not a setting).
         data: folder of pictures with captions (`metadata.jsonl`, `.txt` files beside the pictures, or
             TinyEngram's `metadata.json`).
         trigger: the phrase that will recall the subject.
@@ -46,12 +60,12 @@ class TrainSettings:
         schedule: what follows: `linear` decay to 0, `cosine` to 0, or `constant`.
         weight_decay: of AdamW, for vectors and scales.
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
-        min_snr: gamma of min-SNR weighting (arXiv:2303.09556), usually 5; None weights all times alike.
         resolution: pixels a side; None means the model's own.
         flip: also learn from the mirror images.
         crops: random square crops of each picture that are encoded and kept; 1 is the centre alone.
         precision: number type of the frozen model; vectors and scales are always float32.
         gradient_checkpointing: spend time to save memory.
+        low_memory: keep one block of the denoiser at a time on the device, with gradient checkpointing; slower.
         device: where to train.
         seed: of everything random.
         validation_data: folder of pictures to measure the loss on; None measures on the training pictures,
@@ -65,10 +79,12 @@ class TrainSettings:
         tracker: also report to TensorBoard or Weights & Biases.
     """
 
+    family: ClassVar[Family]
+
     data: Path
     trigger: str
     output: Path
-    model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    model: str
     name: str | None = None
     license: str | None = None
     run_dir: Path | None = None
@@ -91,12 +107,12 @@ class TrainSettings:
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     weight_decay: float = 1e-2
     max_grad_norm: float = 1.0
-    min_snr: float | None = None
     resolution: int | None = None
     flip: bool = False
     crops: int = 1
     precision: Precision = "fp32"
     gradient_checkpointing: bool = False
+    low_memory: bool = False
     device: Device = "auto"
     seed: int = 0
     validation_data: Path | None = None
@@ -121,8 +137,6 @@ class TrainSettings:
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 yield f"{name} is {value}, expected a finite number of at least 0"
-        if self.min_snr is not None and not 0 < self.min_snr < float("inf"):
-            yield f"min_snr is {self.min_snr}, expected a finite number above 0"
         if self.vector_rate == 0 and self.scale_rate == 0:
             yield "vector_rate and scale_rate are both 0; nothing would be learned"
         if not abs(self.init_scale) < float("inf"):
@@ -134,12 +148,76 @@ class TrainSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GenerateSettings:
-    """What to generate, and how.
+class SD15TrainSettings(TrainSettings):
+    """How a concept is trained for Stable Diffusion 1.x.
 
     Attributes:
+        min_snr: gamma of min-SNR weighting (arXiv:2303.09556), usually 5; None weights all times alike.
+    """
+
+    family: ClassVar[Family] = SD15
+
+    model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    min_snr: float | None = None
+
+    def faults(self) -> Iterator[str]:
+        """Yield what is wrong with the values."""
+        yield from TrainSettings.faults(self)  # a slotted dataclass is made anew, which super() does not bear
+        if self.min_snr is not None and not 0 < self.min_snr < float("inf"):
+            yield f"min_snr is {self.min_snr}, expected a finite number above 0"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SDXLTrainSettings(SD15TrainSettings):
+    """How a concept is trained for Stable Diffusion XL: the objective of 1.x, the rule and rates of 3.5."""
+
+    family: ClassVar[Family] = SDXL
+
+    model: str = "stabilityai/stable-diffusion-xl-base-1.0"
+    rule: Rule = "relative"
+    batch_size: int = 1
+    vector_rate: float = 5e-4
+    schedule: Literal["linear", "cosine", "constant"] = "constant"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SD35TrainSettings(TrainSettings):
+    """How a concept is trained for Stable Diffusion 3.5; the defaults are the published script's.
+
+    Attributes:
+        logit_mean, logit_std: times are drawn as the sigmoid of a normal variable with these (arXiv:2403.03206).
+        without_t5: leave the T5 encoder out, and with it the adapter's largest stream; saves 9.5 GB of memory.
+    """
+
+    family: ClassVar[Family] = SD35
+
+    model: str = "stabilityai/stable-diffusion-3.5-medium"
+    rule: Rule = "relative"
+    batch_size: int = 1
+    vector_rate: float = 5e-4
+    schedule: Literal["linear", "cosine", "constant"] = "constant"
+    precision: Precision = "bf16"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    without_t5: bool = False
+
+    def faults(self) -> Iterator[str]:
+        """Yield what is wrong with the values."""
+        yield from TrainSettings.faults(self)
+        if not abs(self.logit_mean) < float("inf"):
+            yield f"logit_mean is {self.logit_mean}, expected a finite number"
+        if not 0 < self.logit_std < float("inf"):
+            yield f"logit_std is {self.logit_std}, expected a finite number above 0"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateSettings:
+    """What to generate, and how; each family has a class of its own, with the usual values of its pipeline.
+
+    Attributes:
+        family: the model family (not a setting).
         output: folder for the pictures; made when it does not exist.
-        adapters: adapter files; `FILE@0.8` sets the strength of everything in it.
+        adapters: adapter files or hub repositories; `FILE@0.8` sets the strength of everything in it.
         strengths: `NAME=0.5` sets one concept's strength, `0.5` every concept's; on top of the adapters' own.
         prompts: what to draw.
         prompts_file: text file with one prompt a line.
@@ -154,7 +232,11 @@ class GenerateSettings:
         batch_size: pictures drawn at once.
         precision: number type of the model.
         device: where to draw.
+        low_memory: keep only the part that is at work on the device; slower.
+        force_base: use adapters that were trained on another model of the family.
     """
+
+    family: ClassVar[Family]
 
     output: Path = Path("images")
     adapters: tuple[str, ...] = ()
@@ -163,7 +245,7 @@ class GenerateSettings:
     prompts_file: Path | None = None
     negative: str = ""
     seeds: tuple[int, ...] = (0,)
-    model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    model: str
     compare: bool = False
     grid: bool = False
     steps: int = 30
@@ -173,6 +255,8 @@ class GenerateSettings:
     batch_size: int = 4
     precision: Precision = "fp32"
     device: Device = "auto"
+    low_memory: bool = False
+    force_base: bool = False
 
     def faults(self) -> Iterator[str]:
         """Yield what is wrong with the values."""
@@ -188,3 +272,45 @@ class GenerateSettings:
             yield f"seeds are {list(self.seeds)}, expected at least one, none below 0"
         if self.compare and not self.adapters:
             yield "compare needs an adapter to compare with; give --adapter"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SD15GenerateSettings(GenerateSettings):
+    """What to generate with Stable Diffusion 1.x."""
+
+    family: ClassVar[Family] = SD15
+
+    model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SDXLGenerateSettings(GenerateSettings):
+    """What to generate with Stable Diffusion XL."""
+
+    family: ClassVar[Family] = SDXL
+
+    model: str = "stabilityai/stable-diffusion-xl-base-1.0"
+    guidance: float = 5.0
+    batch_size: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SD35GenerateSettings(GenerateSettings):
+    """What to generate with Stable Diffusion 3.5.
+
+    Attributes:
+        without_t5: leave the T5 encoder out, which saves 9.5 GB of memory; prompts are followed less closely.
+    """
+
+    family: ClassVar[Family] = SD35
+
+    model: str = "stabilityai/stable-diffusion-3.5-medium"
+    guidance: float = 4.5
+    batch_size: int = 1
+    precision: Precision = "bf16"
+    without_t5: bool = False
+
+
+def without_streams(settings: TrainSettings | GenerateSettings) -> tuple[str, ...]:
+    """Return the streams whose text encoders are not to be loaded."""
+    return ("t5",) if getattr(settings, "without_t5", False) else ()

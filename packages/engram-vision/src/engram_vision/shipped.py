@@ -1,4 +1,4 @@
-"""What ships with this package: the tiny checkpoint, its judge, and the demo's reference pictures."""
+"""What ships with this package: the tiny checkpoints, their judge, and the demo's reference pictures."""
 
 from __future__ import annotations
 
@@ -8,17 +8,25 @@ from pathlib import Path
 
 from engram_core import InputError
 
-__all__ = ["TINY", "characters_folder", "judge_folder", "tiny_fingerprint", "tiny_folder"]
+__all__ = ["TINY", "characters_folder", "judge_folder", "known_fingerprint", "tiny_fingerprint", "tiny_folder"]
 
 TINY = "tiny"
-"""The name of the checkpoint that ships with this package."""
+"""The name of the checkpoint that ships for a backbone."""
 
 _ROOT = Path(__file__).parent / "tiny"
 
 
-def tiny_folder() -> Path:
-    """Return the checkpoint, a `StableDiffusionPipeline` in diffusers layout."""
-    return _existing(_ROOT / "sd15", "model_index.json")
+def tiny_folder(backbone: str) -> Path:
+    """Return a backbone's checkpoint, a pipeline in diffusers layout.
+
+    Raises:
+        InputError: none ships for it.
+    """
+    folder = _ROOT / backbone
+    if not folder.is_dir():
+        there = sorted(path.parent.name for path in _ROOT.glob("*/model_index.json"))
+        raise InputError(f"no {TINY!r} model ships for {backbone}, only for {', '.join(there)}; pass --model")
+    return _existing(folder, "model_index.json")
 
 
 def judge_folder() -> Path:
@@ -32,13 +40,19 @@ def characters_folder() -> Path:
 
 
 @cache
-def tiny_fingerprint() -> str:
-    """Return the hex SHA-256 over the checkpoint's weights."""
-    digest = hashlib.sha256()
-    for path in sorted(tiny_folder().rglob("*.safetensors")):
-        digest.update(path.relative_to(tiny_folder()).as_posix().encode())
+def tiny_fingerprint(backbone: str) -> str:
+    """Return the hex SHA-256 over the weights of a backbone's checkpoint."""
+    folder, digest = tiny_folder(backbone), hashlib.sha256()
+    for path in sorted(folder.rglob("*.safetensors")):
+        digest.update(path.relative_to(folder).as_posix().encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def known_fingerprint(place: str) -> str | None:
+    """Return the fingerprint of the model in a folder where it is one that ships; None for others."""
+    path = Path(place)
+    return tiny_fingerprint(path.name) if path.parent == _ROOT and path.is_dir() else None
 
 
 def _existing(folder: Path, file: str) -> Path:

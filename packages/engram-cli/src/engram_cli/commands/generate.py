@@ -52,7 +52,7 @@ def generate(
             "--adapter",
             "-a",
             metavar="FILE[@STRENGTH]",
-            help="Adapter, and the strength of everything in it. Repeatable.",
+            help="Adapter, file or hub repository, and the strength of everything in it. Repeatable.",
             rich_help_panel=_ADAPTERS,
         ),
     ] = None,
@@ -95,6 +95,17 @@ def generate(
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="Where to compute: auto, cpu, cuda or mps.", rich_help_panel=_MODEL)
+    ] = None,
+    without_t5: Annotated[
+        bool | None, typer.Option(help="Leave Stable Diffusion 3.5's T5 encoder out.", rich_help_panel=_MODEL)
+    ] = None,
+    force_base: Annotated[
+        bool | None,
+        typer.Option(help="Use adapters that were trained on another model of the family.", rich_help_panel=_MODEL),
+    ] = None,
+    low_memory: Annotated[
+        bool | None,
+        typer.Option(help="Keep only the part that is at work on the device; slower.", rich_help_panel=_MODEL),
     ] = None,
     backbone: Backbone = None,
     assignments: Assignments = None,

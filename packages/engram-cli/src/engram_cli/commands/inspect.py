@@ -17,7 +17,10 @@ def register(app: typer.Typer) -> None:
 
 
 def inspect(
-    files: Annotated[list[Path], typer.Argument(help="One adapter, or several to compare.", show_default=False)],
+    files: Annotated[
+        list[str],
+        typer.Argument(help="One adapter, file or hub repository, or several to compare.", show_default=False),
+    ],
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", "-p", help="Show which tokens of which stream fire. Repeatable.")
     ] = None,
@@ -47,6 +50,7 @@ def inspect(
     # Importing leaves no garbage, and looking for some after every few hundred objects takes time.
     gc.disable()
     from engram_cli import overview
+    from engram_cli.adapters import find_file
     from engram_core import open_adapter
 
     gc.enable()
@@ -55,9 +59,9 @@ def inspect(
     if len(files) > 1:
         if prompt or against is not None:
             raise typer.BadParameter("--prompt and --against take one adapter; merge them first", param_hint="FILES")
-        overview.show_conflicts([open_adapter(file) for file in files], as_json=as_json)
+        overview.show_conflicts([open_adapter(find_file(file)) for file in files], as_json=as_json)
         return
-    adapter = open_adapter(files[0])
+    adapter = open_adapter(find_file(files[0]))
     if not prompt and against is None:
         overview.show_adapter(adapter, quick=quick, limit=limit, as_json=as_json)
         return

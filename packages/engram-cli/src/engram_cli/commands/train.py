@@ -55,6 +55,13 @@ def train(
     precision: Annotated[
         str | None, typer.Option(help="Number type of the frozen model: fp32, bf16 or fp16.", rich_help_panel=_MODEL)
     ] = None,
+    without_t5: Annotated[
+        bool | None, typer.Option(help="Leave Stable Diffusion 3.5's T5 encoder out.", rich_help_panel=_MODEL)
+    ] = None,
+    low_memory: Annotated[
+        bool | None,
+        typer.Option(help="Keep one block of the denoiser at a time on the device; slower.", rich_help_panel=_MODEL),
+    ] = None,
     gradient_checkpointing: Annotated[
         bool | None, typer.Option(help="Spend time to save memory.", rich_help_panel=_MODEL)
     ] = None,
@@ -140,6 +147,12 @@ def train(
             help="Gradients are scaled down to this norm; 0 leaves them.",
             rich_help_panel=_STEPS,
         ),
+    ] = None,
+    logit_mean: Annotated[
+        float | None, typer.Option(help="Mean of logit-normal times (flow models).", rich_help_panel=_STEPS)
+    ] = None,
+    logit_std: Annotated[
+        float | None, typer.Option(help="Standard deviation of the same.", rich_help_panel=_STEPS)
     ] = None,
     min_snr: Annotated[
         Any,

@@ -19,7 +19,6 @@ from engram_core.adapter import Adapter
 from engram_core.errors import InputError
 from engram_core.matcher import Matcher, Matches
 from engram_core.residual import Edit, Editor, check_lengths
-from engram_core.storage import decode_vectors
 
 __all__ = ["Residual", "add_terms", "entry_terms", "match_tensor", "mean_norm"]
 
@@ -141,11 +140,10 @@ class Residual:
         edit = self._editor.prepare(hidden.shape, matches, strength)
         if edit is None:
             return hidden
-        table, device = self._editor.table, hidden.device
-        vectors = torch.from_numpy(decode_vectors(table.vectors[edit.entries], table.dtype)).to(device)
-        scales = torch.from_numpy(table.scales[edit.concepts]).to(device)
-        terms = entry_terms(vectors, scales, edit.rules)[torch.from_numpy(edit.which).to(device)]
-        if edit.relative.any():
-            rho = mean_norm(hidden, lengths)[torch.from_numpy(edit.matches.row).to(device)]
-            terms = torch.where(torch.from_numpy(edit.relative).to(device)[:, None], terms * rho[:, None], terms)
-        return add_terms(hidden, edit, terms)
+        rho = mean_norm(hidden, lengths).cpu().numpy() if edit.relative.any() else None
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows becomes infinite
+            delta = torch.from_numpy(self._editor.sum_up(edit, rho)).to(hidden.device, hidden.dtype)
+        # Not in place: the frozen states may be kept elsewhere.
+        edited = hidden.clone()
+        edited[edit.plan.row, edit.plan.position] += delta
+        return edited

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from engram_core import Adapter, PromptAudit, Watcher
+from engram_vision.conditions import encode_prompts
 from engram_vision.demo.characters import DemoCharacter, describe_subject
 from engram_vision.demo.judge import Judge
 from engram_vision.demo.measures import Measures, Tally
@@ -20,7 +21,6 @@ __all__ = ["Gallery"]
 
 _STEPS, _GUIDANCE, _BATCH = 20, 4.0, 10
 _SEEDS = 3
-_STREAM = "clip_l"
 _LOADED = "demo"
 _SIDES = ("left", "right")
 # Without a trigger: other subjects, words that describe the characters, and single words of their names.
@@ -201,20 +201,17 @@ class Gallery:
 
     def _compare_states(self, prompts: Sequence[str]) -> None:
         """Compare the text states themselves, whose differences pictures of 8 bits could hide."""
-
-        def encode() -> torch.Tensor:
-            states: torch.Tensor = self._pipeline.encode_prompt(list(prompts), "cpu", 1, False)[0]
-            return states
-
         with torch.no_grad():
-            base = encode()
+            base = encode_prompts(self._pipeline, prompts)
             load_engram(self._pipeline, self._merged, name=_LOADED)
             try:
-                edited = encode()
+                edited = encode_prompts(self._pipeline, prompts)
             finally:
                 unload_engrams(self._pipeline, _LOADED)
-        for one, other in zip(base, edited, strict=True):
-            self.measures.states_equal.add(one.numpy().tobytes() == other.numpy().tobytes())
+        for row in range(len(prompts)):
+            pairs = zip(base, edited, strict=True)
+            same = [one[row].numpy().tobytes() == other[row].numpy().tobytes() for one, other in pairs]
+            self.measures.states_equal.add(all(same))
 
     def _draw(self, drawings: Sequence[Drawing], adapter: Adapter | None) -> list[Image.Image]:
         """Draw with an adapter or without; every variant in the same batches, so that bytes can be compared."""
@@ -241,12 +238,20 @@ class Gallery:
         tokens = self._tokens(drawing.prompt)
         return Row(prompt=prompt, tokens=tokens, seed=drawing.seed, pictures=tuple(pictures), note=note)
 
-    def _tokens(self, prompt: str) -> tuple[Token, ...]:
-        """Return a prompt's tokens with the concept that fires at each."""
-        reading = self._audit.examine(prompt).streams[_STREAM]
-        owner = {at: name for name, spans in reading.fired for start, stop in spans for at in range(start, stop)}
-        texts = self._audit.show(_STREAM, reading.ids)
-        return tuple(Token(text=text.removesuffix("</w>"), concept=owner.get(at)) for at, text in enumerate(texts))
+    def _tokens(self, prompt: str) -> dict[str, tuple[Token, ...]]:
+        """Return a prompt's tokens with the concept that fires at each, for streams that read it alike once."""
+        readers: dict[tuple[Token, ...], list[str]] = {}
+        for stream, reading in self._audit.examine(prompt).streams.items():
+            owner = {at: name for name, spans in reading.fired for start, stop in spans for at in range(start, stop)}
+            texts = self._audit.show(stream, reading.ids)
+            tokens = (Token(text=_plain(text), concept=owner.get(at)) for at, text in enumerate(texts))
+            readers.setdefault(tuple(tokens), []).append(stream)
+        return {", ".join(streams): tokens for tokens, streams in readers.items()}
+
+
+def _plain(token: str) -> str:
+    """Return a token without the marks that CLIP and T5 put at the ends and beginnings of words."""
+    return token.removesuffix("</w>").removeprefix("\N{LOWER ONE EIGHTH BLOCK}") or "\N{OPEN BOX}"
 
 
 def _same(one: Image.Image, other: Image.Image) -> bool:

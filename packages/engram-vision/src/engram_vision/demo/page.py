@@ -130,14 +130,14 @@ class Row:
 
     Attributes:
         prompt: what was asked for.
-        tokens: the prompt as the model reads it; empty shows none.
+        tokens: the prompt as the model reads it, by the name of who reads it; empty shows none.
         seed: of the first noise.
         pictures: one for each column of the section.
         note: a remark on this row.
     """
 
     prompt: str
-    tokens: tuple[Token, ...] = ()
+    tokens: Mapping[str, tuple[Token, ...]] = field(default_factory=dict)
     seed: int
     pictures: tuple[Picture, ...]
     note: str | None = None
@@ -171,7 +171,7 @@ class Section:
     @property
     def concepts(self) -> tuple[str, ...]:
         """The concepts that fire somewhere in the section, in the order they are met."""
-        fired = (token.concept for row in self.rows for token in row.tokens)
+        fired = (token.concept for row in self.rows for tokens in row.tokens.values() for token in tokens)
         return tuple(dict.fromkeys(concept for concept in fired if concept is not None))
 
 

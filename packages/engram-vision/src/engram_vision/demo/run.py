@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -23,6 +22,7 @@ from engram_core import (
 )
 from engram_core.container import open_target, write_all
 from engram_core.settings import Layer, resolve_settings
+from engram_vision.backbone import ImageBackbone
 from engram_vision.dataset import read_dataset
 from engram_vision.demo.characters import DemoCharacter, read_characters
 from engram_vision.demo.curve import Curve
@@ -32,7 +32,6 @@ from engram_vision.demo.measures import list_failures, list_figures
 from engram_vision.demo.page import Character, Page, Reference, render_page
 from engram_vision.images import load_picture
 from engram_vision.models import load_pipeline
-from engram_vision.settings import TrainSettings
 from engram_vision.shipped import TINY, judge_folder
 from engram_vision.training.metrics import read_metrics
 from engram_vision.training.trainer import METRICS, train
@@ -44,16 +43,21 @@ MERGED = "merged.safetensors"
 
 
 def run_demo(
-    output: Path, *, seed: int = 0, overwrite: bool = False, watcher: Watcher | None = None, defaults: Mapping[str, Any]
+    backbone: ImageBackbone,
+    output: Path,
+    *,
+    seed: int = 0,
+    overwrite: bool = False,
+    watcher: Watcher | None = None,
 ) -> DemoReport:
     """Train, merge and draw the two characters that ship, measure, and write the page.
 
     Args:
+        backbone: for which `tiny` ships.
         output: folder for the page and the adapters.
         seed: of training and of the drawings.
         overwrite: replace what an earlier demonstration wrote there.
         watcher: hears how it goes.
-        defaults: training settings that suit the tiny checkpoint.
 
     Raises:
         TargetExistsError: the folder holds a demonstration and `overwrite` is false.
@@ -63,14 +67,14 @@ def run_demo(
     characters, phrases = read_characters()
     _prepare_folder(output, [PAGE, MERGED, *(f"{character.slug}.safetensors" for character in characters)], overwrite)
     judge = Judge.load(judge_folder())
-    reports = {character.name: _train(character, output, seed, defaults, watcher) for character in characters}
+    reports = {character.name: _train(backbone, character, output, seed, watcher) for character in characters}
     files = {character.name: reports[character.name].output for character in characters}
     merge_files(files.values(), output / MERGED, overwrite=True)
     adapters = {name: open_adapter(path) for name, path in files.items()}
     merged = open_adapter(output / MERGED)
 
     watcher.begin("loading the model")
-    gallery = Gallery(load_pipeline(TINY), judge, merged, seed=seed, watcher=watcher)
+    gallery = Gallery(load_pipeline(backbone.family, TINY), judge, merged, seed=seed, watcher=watcher)
     sections = gallery.draw(characters, adapters, phrases)
     seconds = time.monotonic() - started
     failures = list_failures(gallery.measures)
@@ -86,8 +90,8 @@ def run_demo(
         figures=figures,
         characters=tuple(_character(character, reports[character.name]) for character in characters),
         sections=sections,
-        facts=_facts(seed, seconds),
-        commands=_commands(characters),
+        facts=_facts(backbone, seed, seconds),
+        commands=_commands(backbone, characters),
     )
     with open_target(output / PAGE, overwrite=True) as file:
         write_all(file, memoryview(render_page(page).encode()))
@@ -112,9 +116,7 @@ def _prepare_folder(folder: Path, names: Sequence[str], overwrite: bool) -> None
         raise AdapterWriteError(f"{folder}: cannot be made: {error.strerror}") from None
 
 
-def _train(
-    character: DemoCharacter, output: Path, seed: int, defaults: Mapping[str, Any], watcher: Watcher
-) -> TrainReport:
+def _train(backbone: ImageBackbone, character: DemoCharacter, output: Path, seed: int, watcher: Watcher) -> TrainReport:
     values = {
         "model": TINY,
         "data": character.folder,
@@ -123,8 +125,8 @@ def _train(
         "seed": seed,
         "device": "cpu",
     }
-    layers = [Layer(source="tiny", values=defaults), Layer(source="demo", values=values)]
-    return train(resolve_settings(TrainSettings, layers), overwrite=True, watcher=watcher)
+    layers = [Layer(source="tiny", values=backbone.tiny_train), Layer(source="demo", values=values)]
+    return train(resolve_settings(backbone.train_settings, layers), overwrite=True, watcher=watcher)
 
 
 def _character(character: DemoCharacter, report: TrainReport) -> Character:
@@ -146,10 +148,10 @@ def _character(character: DemoCharacter, report: TrainReport) -> Character:
     )
 
 
-def _facts(seed: int, seconds: float) -> dict[str, str]:
+def _facts(backbone: ImageBackbone, seed: int, seconds: float) -> dict[str, str]:
     packages = ("engram-vision", "engram-core", "torch", "diffusers", "transformers")
     return {
-        "Model": "tiny, the checkpoint that ships with engram-vision; frozen throughout",
+        "Model": f"tiny of {backbone.name} ({backbone.title}), which ships with engram-vision; frozen throughout",
         "Seed": str(seed),
         "Time": f"{seconds:.0f} s",
         "Machine": f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, {platform.machine()}",
@@ -158,16 +160,17 @@ def _facts(seed: int, seconds: float) -> dict[str, str]:
     }
 
 
-def _commands(characters: Sequence[DemoCharacter]) -> tuple[str, ...]:
+def _commands(backbone: ImageBackbone, characters: Sequence[DemoCharacter]) -> tuple[str, ...]:
     files = [f"{character.slug}.safetensors" for character in characters]
     lines = [
-        f'engram train --backbone sd15 --model tiny --data {character.slug} --trigger "{character.name}" -o {file}'
+        f"engram train --backbone {backbone.name} --model tiny --data {character.slug} "
+        f'--trigger "{character.name}" -o {file}'
         for character, file in zip(characters, files, strict=True)
     ]
     prompt = f"{characters[0].name} and {characters[1].name} in the forest"
     return (
         *lines,
         f"engram merge {' '.join(files)}",
-        f'engram generate --backbone sd15 --model tiny -a {MERGED} --prompt "{prompt}" --compare',
+        f'engram generate --backbone {backbone.name} --model tiny -a {MERGED} --prompt "{prompt}" --compare',
         f'engram inspect {MERGED} --prompt "{prompt}"',
     )

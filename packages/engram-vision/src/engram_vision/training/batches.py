@@ -1,7 +1,7 @@
 """Which latents, noises, times and captions a step sees: a function of seed and step alone.
 
 A run can therefore stop and go on anywhere, and several processes agree without talking.
-Shapes: B samples, V views, latents [B, 4, h, w].
+Shapes: B samples, V views, latents [B, c, h, w].
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engram_vision.training.diffusion import Diffusion
 from engram_vision.training.frozen import FrozenData
+from engram_vision.training.objectives import Objective
 
 __all__ = ["Batch", "draw_batch", "fixed_batches"]
 
@@ -26,8 +26,8 @@ class Batch:
     """What one pass through the denoiser needs, on the host.
 
     Attributes:
-        latents, noise: float32 [B, 4, h, w].
-        times: int64 [B].
+        latents, noise: float32 [B, c, h, w].
+        times: [B], as the objective draws them.
         texts: int64 [B], rows of the frozen texts.
     """
 
@@ -42,12 +42,12 @@ class Batch:
         return Batch(latents=self.latents[rows], noise=self.noise[rows], times=self.times[rows], texts=self.texts[rows])
 
 
-def draw_batch(data: FrozenData, diffusion: Diffusion, *, size: int, number: int, seed: int) -> Batch:
+def draw_batch(data: FrozenData, objective: Objective, *, size: int, number: int, seed: int) -> Batch:
     """Return a training batch; every view comes equally often.
 
     Args:
         data: the training set.
-        diffusion: for the times.
+        objective: for the times.
         size: B, over all processes.
         number: which batch of the run, from 0.
         seed: of the run.
@@ -56,21 +56,21 @@ def draw_batch(data: FrozenData, diffusion: Diffusion, *, size: int, number: int
     views = torch.tensor([_shuffled(len(data.mean), seed, number * size + place) for place in range(size)])
     noise = torch.randn((size, *data.mean.shape[1:]), generator=random)
     latents = data.mean[views] + data.std[views] * torch.randn(noise.shape, generator=random)
-    times = diffusion.spread_times(size, random)
+    times = objective.spread_times(size, random)
     chances = torch.rand(size, 2, generator=random).tolist()
     forms = [data.captions[view] for view in views.tolist()]
     texts = torch.tensor([_pick_form(rows, *chance) for rows, chance in zip(forms, chances, strict=True)])
     return Batch(latents=latents, noise=noise, times=times, texts=texts)
 
 
-def fixed_batches(data: FrozenData, diffusion: Diffusion, *, draws: int, size: int, seed: int) -> Sequence[Batch]:
+def fixed_batches(data: FrozenData, objective: Objective, *, draws: int, size: int, seed: int) -> Sequence[Batch]:
     """Return batches for validation: `draws` noises and times for each view, captions as written."""
     random = torch.Generator().manual_seed(_mix(seed, "validation", 0))
     views = torch.arange(len(data.mean)).repeat_interleave(draws)
     every = Batch(
         latents=data.mean[views],
         noise=torch.randn((len(views), *data.mean.shape[1:]), generator=random),
-        times=torch.cat([diffusion.spread_times(draws, random) for _ in range(len(data.mean))]),
+        times=torch.cat([objective.spread_times(draws, random) for _ in range(len(data.mean))]),
         texts=torch.tensor([forms[0] for forms in data.captions])[views],
     )
     return [every.part(first, size) for first in range(0, len(views), size)]

@@ -5,15 +5,13 @@ Shapes: T tokens of the trigger, P vectors, d width.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from engram_core import InputError, Overlap, Registry, Rule, StreamTokenizer
+from engram_core import InputError, Overlap, Registry, Rule
 from engram_core.registry import Ngram, ngram_spans
-from engram_vision.training.frozen import encode_texts
+from engram_vision.training.frozen import TextReader
 
 __all__ = ["describe_vectors", "random_vectors"]
 
@@ -27,9 +25,8 @@ def random_vectors(registry: Registry, width: int, *, std: float, seed: int) -> 
 
 
 def describe_vectors(
-    pipeline: Any,
+    reader: TextReader,
     registry: Registry,
-    tokenizer: StreamTokenizer,
     words: str,
     *,
     rule: Rule,
@@ -44,9 +41,8 @@ def describe_vectors(
     up to the scale.
 
     Args:
-        pipeline: with its text encoder.
+        reader: of the stream.
         registry: of the trigger.
-        tokenizer: of the stream.
         words: the description.
         rule: how vectors become residuals.
         overlap: how entries that cover one token combine.
@@ -58,7 +54,7 @@ def describe_vectors(
     if scale == 0:
         raise InputError("init_scale is 0, so no vector has an effect; init needs another value")
     factor = scale if rule == "absolute" else float(np.tanh(scale))
-    differences = _differences(pipeline, registry, tokenizer, words) / factor
+    differences = _differences(reader, registry, words) / factor
     vectors: dict[int, Tensor] = {}
     slot_of = dict(zip(registry.entries, registry.slots, strict=True))
     for variant in registry.variants:
@@ -84,8 +80,9 @@ def _cover(ids: Ngram, max_ngram: int) -> tuple[list[Ngram], Tensor]:
     return list(column_of), covers
 
 
-def _differences(pipeline: Any, registry: Registry, tokenizer: StreamTokenizer, words: str) -> Tensor:
+def _differences(reader: TextReader, registry: Registry, words: str) -> Tensor:
     """Return the words' states less the trigger's at the trigger's T tokens, a mean over contexts, float32 [T, d]."""
+    tokenizer = reader.tokenizer
     n_words, n_read = len(tokenizer.encode(words)), tokenizer.max_tokens
     if n_words < 1:
         raise InputError(f"init {words!r} gives no token; describe the subject in words the tokenizer knows")
@@ -98,8 +95,8 @@ def _differences(pipeline: Any, registry: Registry, tokenizer: StreamTokenizer, 
         own, theirs = (len(tokenizer.encode(text)) - before for text in texts)
         if n_read is not None and before + max(own, theirs) > n_read:
             continue  # cut off; the first context has no words of its own, so there is room
-        states = encode_texts(pipeline, texts).states.float()
-        first = 1 + before  # after the token that begins the text
+        states = reader.read(texts).states.float()
+        first = reader.n_opening + before
         stretched = states[1, first : first + theirs][_stretch(theirs, own)]
         found.append(stretched - states[0, first : first + own])
     return torch.stack(found).mean(dim=0)

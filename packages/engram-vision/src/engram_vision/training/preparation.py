@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,32 +17,30 @@ from engram_core import (
     Manifest,
     Registry,
     StreamSpec,
-    StreamTokenizer,
     Watcher,
     build_registry,
 )
 from engram_core.settings import dump_settings
 from engram_core.torch import TrainableConcept, TrainableStream
+from engram_vision.conditions import Conditioner
 from engram_vision.dataset import CaptionedImage, read_dataset
+from engram_vision.families import Family
 from engram_vision.loading import pipeline_tokenizers
 from engram_vision.models import load_pipeline, model_fingerprint
-from engram_vision.settings import TrainSettings
+from engram_vision.settings import TrainSettings, without_streams
 from engram_vision.shipped import TINY
-from engram_vision.training.frozen import FrozenData, freeze
+from engram_vision.training.frozen import FrozenData, TextReader, freeze
 from engram_vision.training.initial import describe_vectors, random_vectors
 
-__all__ = ["BACKBONE", "STREAM", "Prepared", "prepare", "read_data"]
-
-BACKBONE = "sd15"
-STREAM = "clip_l"
-_SITE = "last_hidden_state"
+__all__ = ["Prepared", "prepare", "read_data"]
 
 # Settings that may change between an interrupted run and its continuation.
 _FREE = {"output", "run_dir", "device", "save_every", "preview_every", "preview_prompts", "tracker", "license", "name"}
 _FREE |= {"model", "data", "validation_data", "validate_every", "keep"}  # what these hold is compared, not their paths
+_FREE |= {"low_memory", "gradient_checkpointing"}
 # Settings that the adapter's record keeps.
 _RECORDED = {"rule", "init", "steps", "batch_size", "accumulate", "vector_rate", "scale_rate", "warm_up", "schedule"}
-_RECORDED |= {"weight_decay", "min_snr", "resolution", "flip", "crops", "precision", "seed"}
+_RECORDED |= {"weight_decay", "min_snr", "logit_mean", "logit_std", "resolution", "flip", "crops", "precision", "seed"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -50,7 +48,8 @@ class Prepared:
     """What the steps work with.
 
     Attributes:
-        pipeline: the frozen model on its device.
+        pipeline: the frozen model; its denoiser is on the device.
+        conditioner: puts together what the denoiser reads.
         data: the training set.
         unseen: the validation set; the training set itself where none was given.
         n_pictures: pictures in the training set.
@@ -60,6 +59,7 @@ class Prepared:
     """
 
     pipeline: Any
+    conditioner: Conditioner
     data: FrozenData
     unseen: FrozenData
     n_pictures: int
@@ -68,9 +68,9 @@ class Prepared:
     concept: TrainableConcept
 
     @property
-    def stream(self) -> TrainableStream:
-        """The concept's memory in the only stream."""
-        return self.concept.stream(STREAM)
+    def streams(self) -> dict[str, TrainableStream]:
+        """The concept's memories by stream."""
+        return {name: self.concept.stream(name) for name in self.concept.streams}
 
     def adapter(self, settings: TrainSettings, step: int) -> Adapter:
         """Return the concept's present vectors and scales as an adapter."""
@@ -114,57 +114,75 @@ def prepare(
         InputError: the model, the resolution, a picture or a caption cannot be used.
         TriggerError: the trigger cannot be registered.
     """
+    family = settings.family
     watcher.begin(f"loading {settings.model}")
-    pipeline = load_pipeline(settings.model, precision=settings.precision, device=device)
-    pipeline.unet.requires_grad_(False)
+    pipeline = load_pipeline(family, settings.model, precision=settings.precision, without=without_streams(settings))
+    getattr(pipeline, family.denoiser).requires_grad_(False)
     tokenizers = pipeline_tokenizers(pipeline)
-    registry = build_registry(
-        settings.trigger,
-        tokenizers[STREAM],
-        max_ngram=settings.max_ngram,
-        allow_single_token=settings.allow_single_token,
-    )
-    resolution = _resolution(pipeline, settings.resolution)
+    for stream in family.streams.keys() - tokenizers.keys():
+        watcher.note(f"the model has no {family.streams[stream].encoder}, so the adapter will have no stream {stream}")
+    registries = {
+        stream: build_registry(
+            settings.trigger,
+            tokenizer,
+            max_ngram=settings.max_ngram,
+            allow_single_token=settings.allow_single_token,
+        )
+        for stream, tokenizer in tokenizers.items()
+    }
+    readers = {
+        stream: TextReader(family, pipeline, stream, tokenizer, device) for stream, tokenizer in tokenizers.items()
+    }
+    resolution = _resolution(family, pipeline, settings.resolution)
 
     def run_frozen(items: Sequence[CaptionedImage], *, flip: bool, crops: int) -> FrozenData:
         watcher.begin("encoding pictures and captions", len(items) * crops * (2 if flip else 1))
         return freeze(
-            pipeline,
+            pipeline.vae,
+            readers,
             items,
-            {STREAM: registry},
-            tokenizers,
+            registries,
             resolution=resolution,
             flip=flip,
             crops=crops,
             seed=settings.seed,
+            device=device,
             advance=watcher.advance,
             note=watcher.note,
         )
 
     frozen = run_frozen(data, flip=settings.flip, crops=settings.crops)
-    spec = StreamSpec(width=pipeline.text_encoder.config.hidden_size, site=_SITE, tokenizer=tokenizers[STREAM].spec)
+    specs = {
+        stream: StreamSpec(width=reader.width, site=family.streams[stream].site, tokenizer=reader.tokenizer.spec)
+        for stream, reader in readers.items()
+    }
     return Prepared(
         pipeline=pipeline,
+        conditioner=Conditioner(family, pipeline, resolution),
         data=frozen,
         unseen=frozen if unseen is None else run_frozen(unseen, flip=False, crops=1),
         n_pictures=len(data),
-        model=f"{_model_name(settings.model)} with weights {_digest_weights(pipeline)}",
+        model=f"{_model_name(settings.model)} with weights {_digest_weights(family, pipeline)}",
         manifest=Manifest(
-            backbone=BACKBONE,
+            backbone=family.name,
             base_model=_model_name(settings.model),
-            base_fingerprint=model_fingerprint(settings.model),
-            streams={STREAM: spec},
+            base_fingerprint=model_fingerprint(family, settings.model),
+            streams=specs,
         ),
-        concept=_first_concept(settings, pipeline, registry, tokenizers[STREAM], spec).to(device),
+        concept=_first_concept(settings, readers, registries, specs).to(device),
     )
 
 
 def _first_concept(
-    settings: TrainSettings, pipeline: Any, registry: Registry, tokenizer: StreamTokenizer, spec: StreamSpec
+    settings: TrainSettings,
+    readers: Mapping[str, TextReader],
+    registries: Mapping[str, Registry],
+    specs: Mapping[str, StreamSpec],
 ) -> TrainableConcept:
+    trigger = next(iter(registries.values())).trigger
     record = ConceptRecord(
-        name=settings.name or registry.trigger,
-        trigger=registry.trigger,
+        name=settings.name or trigger,
+        trigger=trigger,
         activation=settings.activation,
         rule=settings.rule,
         overlap=settings.overlap,
@@ -172,30 +190,33 @@ def _first_concept(
         dtype=settings.dtype,
         license=settings.license,
     )
-    if settings.init is None:
-        vectors = random_vectors(registry, spec.width, std=settings.init_std, seed=settings.seed)
-    else:
-        vectors = describe_vectors(
-            pipeline,
-            registry,
-            tokenizer,
-            settings.init,
-            rule=settings.rule,
-            overlap=settings.overlap,
-            scale=settings.init_scale,
-        )
-    scales = torch.full((spec.width,), settings.init_scale)
-    return TrainableConcept(record, {STREAM: TrainableStream(record, registry, spec, vectors, scales)})
+    streams = {}
+    for number, (stream, registry) in enumerate(registries.items()):
+        spec = specs[stream]
+        if settings.init is None:
+            vectors = random_vectors(registry, spec.width, std=settings.init_std, seed=settings.seed + number)
+        else:
+            vectors = describe_vectors(
+                readers[stream],
+                registry,
+                settings.init,
+                rule=settings.rule,
+                overlap=settings.overlap,
+                scale=settings.init_scale,
+            )
+        scales = torch.full((spec.width,), settings.init_scale)
+        streams[stream] = TrainableStream(record, registry, spec, vectors, scales)
+    return TrainableConcept(record, streams)
 
 
-def _resolution(pipeline: Any, asked: int | None) -> int:
+def _resolution(family: Family, pipeline: Any, asked: int | None) -> int:
     """Return the pixels a side to train with."""
-    factor = int(pipeline.vae_scale_factor)
-    # The U-Net halves the latents between its blocks.
-    multiple = factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
-    if asked is not None and asked % multiple:
-        raise InputError(f"resolution is {asked}, expected a multiple of {multiple}")
-    return asked or int(pipeline.unet.config.sample_size) * factor
+    factor, config = int(pipeline.vae_scale_factor), getattr(pipeline, family.denoiser).config
+    # The U-Net halves the latents between its blocks; the transformer cuts them into patches.
+    step = 2 ** (len(config.block_out_channels) - 1) if family.denoiser == "unet" else config.patch_size
+    if asked is not None and asked % (factor * step):
+        raise InputError(f"resolution is {asked}, expected a multiple of {factor * step}")
+    return asked or int(config.sample_size) * factor
 
 
 def _model_name(model: str) -> str:
@@ -204,10 +225,10 @@ def _model_name(model: str) -> str:
     return path.resolve().stem if model != TINY and path.exists() else model
 
 
-def _digest_weights(pipeline: Any) -> str:
+def _digest_weights(family: Family, pipeline: Any) -> str:
     """Return a digest over the first values of every weight: enough to tell one checkpoint from another."""
     digest = hashlib.sha256()
-    for name in ("text_encoder", "unet", "vae"):
+    for name in sorted(name for name in family.modules() if getattr(pipeline, name) is not None):
         for key, weight in getattr(pipeline, name).state_dict().items():
             digest.update(f"{name}.{key}".encode())
             digest.update(weight.flatten()[:256].float().cpu().numpy().tobytes())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 
 import tomli_w
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor
 
 from engram_core import InputError, TargetExistsError, TrainingError, TrainReport, Watcher
@@ -25,12 +24,14 @@ from engram_vision.generation import make_folder, save_png
 from engram_vision.loading import load_engram, unload_engrams
 from engram_vision.models import pick_device
 from engram_vision.settings import TrainSettings
+from engram_vision.shipped import TINY
 from engram_vision.training.batches import Batch, draw_batch, fixed_batches
-from engram_vision.training.diffusion import Diffusion
 from engram_vision.training.frozen import FrozenData
 from engram_vision.training.interrupt import DeferredInterrupt
 from engram_vision.training.metrics import MetricsFile
-from engram_vision.training.preparation import BACKBONE, STREAM, prepare, read_data
+from engram_vision.training.objectives import make_objective
+from engram_vision.training.placement import Placement, peak_memory_mb, tell_memory
+from engram_vision.training.preparation import prepare, read_data
 from engram_vision.training.schedule import rate_factor
 from engram_vision.training.state import Progress, load_state, restore_optimizer, save_state
 
@@ -48,10 +49,10 @@ _PREVIEW_STEPS, _PREVIEW_GUIDANCE = 25, 5.0
 def train(
     settings: TrainSettings, *, resume: bool = False, overwrite: bool = False, watcher: Watcher | None = None
 ) -> TrainReport:
-    """Train one concept for a Stable Diffusion 1.x model and write its adapter.
+    """Train one concept for an image model and write its adapter.
 
     Args:
-        settings: what to do.
+        settings: what to do; their class says for which model family.
         resume: go on with an interrupted run; on the CPU the adapter is bit for bit that of an uninterrupted one.
         overwrite: replace the adapter file, and begin anew in a run folder that is in use.
         watcher: hears how it goes.
@@ -86,11 +87,15 @@ class _Run:
         _check_targets(settings, self.folder, resume=resume, overwrite=overwrite)
         device = pick_device(settings.device, settings.precision)
         data, unseen = read_data(settings, watcher)
+        if settings.model != TINY:
+            tell_memory(settings, watcher)
         self.accelerator = Accelerator(
             cpu=device.type == "cpu",
             mixed_precision="no",  # whatever a user's accelerate configuration says of other scripts
             log_with=None if settings.tracker == "none" else settings.tracker,
             project_dir=self.folder,
+            # A caption may be cut before the trigger in one stream, whose vectors then have no part in a batch.
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
         self.device = self.accelerator.device
         if self.device.type != device.type:  # accelerate settles it once for a process
@@ -98,15 +103,12 @@ class _Run:
                 f"this Python process works on {self.device.type} already; start another for {device.type}"
             )
         self.prepared = prepare(settings, data, unseen, self.device, watcher)
-        self.pipeline, self.stream = self.prepared.pipeline, self.prepared.stream
-        self._free_encoders()
-        self.diffusion = Diffusion(self.pipeline.unet, self.pipeline.scheduler, min_snr=settings.min_snr)
-        if settings.gradient_checkpointing:
-            self.pipeline.unet.enable_gradient_checkpointing()
-            self.pipeline.unet.train()  # checkpointing is off in evaluation; the U-Net has no dropout
+        self.pipeline, self.streams = self.prepared.pipeline, self.prepared.streams
+        self.objective = make_objective(settings, self.pipeline)
+        self.placement = Placement(self.pipeline, settings, self.device, watcher)
         groups = [
-            {"params": [self.stream.vectors], "peak": settings.vector_rate},
-            {"params": [self.stream.scales], "peak": settings.scale_rate},
+            {"params": [stream.vectors for stream in self.streams.values()], "peak": settings.vector_rate},
+            {"params": [stream.scales for stream in self.streams.values()], "peak": settings.scale_rate},
         ]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
         self.model = self.accelerator.prepare(self.prepared.concept)
@@ -122,6 +124,7 @@ class _Run:
             return self._finish(self._do_steps())
         finally:
             self.accelerator.end_training()
+            self.placement.end()
 
     def _do_steps(self) -> float:
         """Return the last mean training loss."""
@@ -136,7 +139,7 @@ class _Run:
         if settings.validate_every:
             checks = fixed_batches(
                 self.prepared.unseen,
-                self.diffusion,
+                self.objective,
                 draws=settings.validation_draws,
                 size=settings.batch_size,
                 seed=settings.seed,
@@ -157,7 +160,7 @@ class _Run:
                     if validates:
                         figures["validation_loss"] = self._validate(checks, done)
                     figures["steps_per_second"] = (done - self.first) / (time.monotonic() - begun)
-                    figures["memory_mb"] = _memory_mb(self.device)
+                    figures["memory_mb"] = peak_memory_mb(self.device)
                     if main:
                         metrics.write(done, figures)
                     self.accelerator.log(figures, step=done)
@@ -176,7 +179,7 @@ class _Run:
         make_folder(self.folder)
         if not self.first:
             (self.folder / STATE).unlink(missing_ok=True)  # of a run that is begun anew
-        values = {"train": {"backbone": BACKBONE, **dump_settings(self.settings)}}
+        values = {"train": {"backbone": self.settings.family.name, **dump_settings(self.settings)}}
         with open_target(self.folder / SETTINGS, overwrite=True) as file:
             write_all(file, memoryview(tomli_w.dumps(values).encode()))
         return MetricsFile(self.folder / METRICS, after_step=self.first)
@@ -198,7 +201,7 @@ class _Run:
         for part in range(settings.accumulate):
             batch = draw_batch(
                 self.prepared.data,
-                self.diffusion,
+                self.objective,
                 size=settings.batch_size * accelerator.num_processes,
                 number=step * settings.accumulate + part,
                 seed=settings.seed,
@@ -210,26 +213,33 @@ class _Run:
             total += loss.detach()
         self.scaler.unscale_(self.optimizer)
         if settings.max_grad_norm:
-            for parameter in (self.stream.vectors, self.stream.scales):
-                torch.nn.utils.clip_grad_norm_(parameter, settings.max_grad_norm)
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    torch.nn.utils.clip_grad_norm_(parameter, settings.max_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
         return total
 
     def _losses(self, batch: Batch, data: FrozenData) -> Tensor:
-        texts = data.texts[STREAM]
-        hidden = texts.states[batch.texts].to(self.device)
-        states = self.model({STREAM: (hidden, texts.ids[batch.texts])})[STREAM]
+        rows = batch.texts
+        frozen = {stream: (texts.states[rows].to(self.device), texts.ids[rows]) for stream, texts in data.texts.items()}
+        pooled = {
+            stream: texts.pooled[rows].to(self.device)
+            for stream, texts in data.texts.items()
+            if texts.pooled is not None
+        }
+        conditions = self.prepared.conditioner(self.model(frozen), pooled)
         latents, noise, times = (part.to(self.device) for part in (batch.latents, batch.noise, batch.times))
-        return self.diffusion.losses(latents, noise, times, states)
+        return self.objective.losses(latents, noise, times, conditions)
 
     @torch.no_grad()
     def _validate(self, batches: Sequence[Batch], step: int) -> float:
         """Return the loss on the fixed batches, and remember the values if it is the lowest so far."""
-        visited = self.stream.visited.clone()  # looking is not learning
+        visited = {name: stream.visited.clone() for name, stream in self.streams.items()}  # looking is not learning
         losses = torch.cat([self._losses(batch, self.prepared.unseen) for batch in batches])
-        self.stream.visited = visited
+        for name, stream in self.streams.items():
+            stream.visited = visited[name]
         loss = float(losses.mean())
         if not math.isfinite(loss):
             raise self._error(step, f"the validation loss is {loss:g}")
@@ -260,20 +270,24 @@ class _Run:
 
     def _save(self, step: int) -> None:
         if self.accelerator.num_processes > 1:  # every process showed other captions
-            seen = self.accelerator.reduce(self.stream.visited.float().to(self.device), "sum")
-            self.stream.visited = seen.cpu() > 0
+            for stream in self.streams.values():
+                seen = self.accelerator.reduce(stream.visited.float().to(self.device), "sum")
+                stream.visited = seen.cpu() > 0
         if self.accelerator.is_main_process:
             save_state(
                 self.folder / STATE,
                 Progress(step=step, best_step=self.best.step, best_loss=self.best.loss, run=self.identity),
                 self._values(),
                 self.best.values,
-                {STREAM: self.stream.visited},
+                {name: stream.visited for name, stream in self.streams.items()},
                 self.optimizer,
             )
 
     def _resume(self) -> None:
         state = self.folder / STATE
+        if not state.is_file() and (self.folder / SETTINGS).is_file():
+            self.watcher.note(f"{self.folder}: the run was stopped before its first state; it begins at step 0")
+            return
         progress, groups = load_state(state)
         for name, value in self.identity.items():
             if progress.run.get(name) != value:
@@ -285,9 +299,9 @@ class _Run:
             for values in filter(None, (groups["best"], groups["model"])):  # the last stays
                 self.prepared.concept.load_state_dict(values)
             restore_optimizer(self.optimizer, groups["optimizer"])
-            (visited,) = groups["visited"].values()
-            self.stream.visited[:] = visited
-        except (RuntimeError, ValueError) as error:
+            for name, stream in self.streams.items():
+                stream.visited[:] = groups["visited"][name]
+        except (RuntimeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{state}: does not fit the run: {reason}; begin anew with --force") from None
         self.first = progress.step
@@ -298,8 +312,7 @@ class _Run:
         prompts = self.settings.preview_prompts or (self.settings.trigger,)
         folder = self.folder / PREVIEWS
         make_folder(folder)
-        for module in (self.pipeline.vae, self.pipeline.text_encoder):
-            module.to(self.device)
+        self.placement.bring_back()
         load_engram(self.pipeline, self.prepared.adapter(self.settings, step), name="preview")
         try:
             images = draw(
@@ -313,17 +326,7 @@ class _Run:
         for number, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
             facts = {"prompt": prompt, "seed": str(self.settings.seed), "step": str(step)}
             save_png(image, folder / f"step-{step:06d}-{number}.png", facts, overwrite=True)
-        self._free_encoders()
-
-    def _free_encoders(self) -> None:
-        """Take what the steps do not need off the device, and out of memory where no preview needs it."""
-        if self.settings.preview_every:
-            self.pipeline.vae.to("cpu")
-            self.pipeline.text_encoder.to("cpu")
-        else:
-            self.pipeline.vae = self.pipeline.text_encoder = None
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self.placement.free_encoders()
 
     def _finish(self, mean: float) -> TrainReport:
         settings = self.settings
@@ -370,18 +373,6 @@ def _check_tracker(tracker: str) -> None:
     packages = {"none": (), "tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}[tracker]
     if packages and not any(map(find_spec, packages)):
         raise InputError(f"tracker {tracker} needs the package {packages[0]}; install it, or leave --tracker out")
-
-
-def _memory_mb(device: torch.device) -> float:
-    """Return the peak memory of this process on the device, in megabytes; 0 where that is not known."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    if sys.platform == "win32":
-        return 0.0
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak / 1e3
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:

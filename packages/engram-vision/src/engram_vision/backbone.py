@@ -1,0 +1,84 @@
+"""What the backbones of this package share; importing it imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from engram_core import DemoReport, GenerateReport, StreamTokenizer, TrainReport, Watcher
+from engram_core.huggingface import TokenizerSource, load_tokenizers
+from engram_vision.families import Family
+from engram_vision.settings import GenerateSettings, TrainSettings
+from engram_vision.shipped import TINY, tiny_folder
+
+__all__ = ["ImageBackbone", "ImageBackboneWithDemo"]
+
+
+class ImageBackbone:
+    """A family of image generators in diffusers; subclasses say which, and with which settings.
+
+    Attributes:
+        family: the parts of its pipeline.
+        tiny_train, tiny_generate: settings that suit its `tiny` better than the defaults.
+    """
+
+    kind = "concept-table"
+    family: Family
+    title: str
+    default_model: str
+    train_settings: type[TrainSettings]
+    generate_settings: type[GenerateSettings]
+    tiny_train: Mapping[str, Any] = MappingProxyType({})
+    tiny_generate: Mapping[str, Any] = MappingProxyType({})
+
+    def __init__(self) -> None:
+        """Derive name, streams and tokenizers from the family."""
+        parts = self.family.streams
+        self.name = self.family.name
+        self.streams: Mapping[str, str] = {stream: part.site for stream, part in parts.items()}
+        self.tokenizers: Mapping[str, TokenizerSource] = {
+            stream: TokenizerSource(subfolder=part.tokenizer, max_length=part.max_length)
+            for stream, part in parts.items()
+        }
+
+    def load_tokenizers(self, model: str, streams: Collection[str] | None = None) -> dict[str, StreamTokenizer]:
+        """Return the tokenizers of a model in diffusers layout; loads no weights."""
+        return load_tokenizers(str(tiny_folder(self.name)) if model == TINY else model, self.tokenizers, streams)
+
+    def default_train_settings(self, model: str) -> Mapping[str, Any]:
+        """Return what suits `tiny`: its text states are narrow and its training short, so rates are high."""
+        return self.tiny_train if model == TINY else {}
+
+    def default_generate_settings(self, model: str) -> Mapping[str, Any]:
+        """Return what suits `tiny`: it needs fewer steps and less guidance."""
+        return self.tiny_generate if model == TINY else {}
+
+    def train(
+        self, settings: TrainSettings, *, resume: bool = False, overwrite: bool = False, watcher: Watcher | None = None
+    ) -> TrainReport:
+        """Train one concept; see `engram_vision.training.trainer.train`."""
+        from engram_vision.training.trainer import train  # imports torch
+
+        return train(settings, resume=resume, overwrite=overwrite, watcher=watcher)
+
+    def generate(
+        self, settings: GenerateSettings, *, overwrite: bool = False, watcher: Watcher | None = None
+    ) -> GenerateReport:
+        """Draw pictures; see `engram_vision.generation.generate`."""
+        from engram_vision.generation import generate  # imports torch
+
+        return generate(settings, overwrite=overwrite, watcher=watcher)
+
+
+class ImageBackboneWithDemo(ImageBackbone):
+    """A family for which a `tiny` checkpoint ships, so that `engram demo` can show it."""
+
+    def demo(
+        self, output: Path, *, seed: int = 0, overwrite: bool = False, watcher: Watcher | None = None
+    ) -> DemoReport:
+        """Train, merge and draw two characters on `tiny`; see `engram_vision.demo.run.run_demo`."""
+        from engram_vision.demo.run import run_demo  # imports torch
+
+        return run_demo(self, output, seed=seed, overwrite=overwrite, watcher=watcher)

@@ -1,0 +1,181 @@
+"""The model families of diffusers that are known here: their parts, and what their denoisers read; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from engram_core import InputError
+
+__all__ = ["FAMILIES", "SD15", "SD35", "SDXL", "Family", "TextPart", "family_of"]
+
+LAST, PENULTIMATE = "last_hidden_state", "penultimate_hidden_state"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextPart:
+    """The parts of a pipeline that make up one stream.
+
+    Attributes:
+        tokenizer, encoder: what diffusers calls them.
+        encoder_class: the encoder's class in transformers.
+        model_type: transformers' name for its kind.
+        site: which of its states the denoiser reads.
+        max_length: token ids it reads at most, special ones included.
+        optional: whether the pipeline works without it.
+    """
+
+    tokenizer: str
+    encoder: str
+    encoder_class: str
+    model_type: str
+    site: str
+    max_length: int
+    optional: bool = False
+
+    def read_length(self, tokenizer: Any, encoder: Any) -> int:
+        """Return how many ids a pipeline with these two gives its encoder."""
+        limits = [self.max_length, tokenizer.model_max_length]
+        limits.append(getattr(encoder.config, "max_position_embeddings", self.max_length))
+        return int(min(limits))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """One model family.
+
+    Attributes:
+        name: of its backbone.
+        title: in words.
+        pipeline_class: its text-to-image pipeline in diffusers.
+        denoiser: what the pipeline calls the model that learns nothing here and draws everything.
+        denoiser_class: its class in diffusers.
+        streams: stream to the parts that make it up, in the order in which the denoiser reads them.
+        pooled: whether the denoiser also reads pooled text states.
+    """
+
+    name: str
+    title: str
+    pipeline_class: str
+    denoiser: str
+    denoiser_class: str
+    streams: Mapping[str, TextPart]
+    pooled: bool
+
+    def modules(self) -> dict[str, tuple[str, str]]:
+        """Return the library and class of every module with weights, by the pipeline's name for it."""
+        encoders = {part.encoder: ("transformers", part.encoder_class) for part in self.streams.values()}
+        return {
+            self.denoiser: ("diffusers", self.denoiser_class),
+            "vae": ("diffusers", "AutoencoderKL"),
+            **encoders,
+        }
+
+    def encoders(self, pipeline: Any) -> dict[str, Any]:
+        """Return a pipeline's text encoders by stream; optional ones that it lacks are left out.
+
+        Raises:
+            InputError: it lacks another one, or one is of another kind.
+        """
+        found = {}
+        for stream, part in self.streams.items():
+            tokenizer, encoder = (getattr(pipeline, name, None) for name in (part.tokenizer, part.encoder))
+            if part.optional and (tokenizer is None or encoder is None):
+                continue
+            if tokenizer is None or encoder is None:
+                raise InputError(
+                    f"{type(pipeline).__name__} has no {part.tokenizer} and {part.encoder}; "
+                    f"expected a pipeline of {self.title} with its text encoders"
+                )
+            kind = getattr(getattr(encoder, "config", None), "model_type", None)
+            if kind != part.model_type:
+                raise InputError(
+                    f"{type(pipeline).__name__} has {kind} as its {part.encoder}, expected {part.model_type} "
+                    f"as in {self.title}"
+                )
+            # What `torch.compile` wraps around a module comes and goes; the module stays.
+            found[stream] = getattr(encoder, "_orig_mod", encoder)
+        return found
+
+
+def _clip(number: int, encoder_class: str, site: str) -> TextPart:
+    suffix = "" if number == 1 else f"_{number}"
+    return TextPart(
+        tokenizer=f"tokenizer{suffix}",
+        encoder=f"text_encoder{suffix}",
+        encoder_class=encoder_class,
+        model_type="clip_text_model",
+        site=site,
+        max_length=77,
+    )
+
+
+SD15 = Family(
+    name="sd15",
+    title="Stable Diffusion 1.x",
+    pipeline_class="StableDiffusionPipeline",
+    denoiser="unet",
+    denoiser_class="UNet2DConditionModel",
+    # After the final layer norm: the states the U-Net's cross-attention reads (report, section 2.7).
+    streams={"clip_l": _clip(1, "CLIPTextModel", LAST)},
+    pooled=False,
+)
+
+SDXL = Family(
+    name="sdxl",
+    title="Stable Diffusion XL",
+    pipeline_class="StableDiffusionXLPipeline",
+    denoiser="unet",
+    denoiser_class="UNet2DConditionModel",
+    streams={
+        "clip_l": _clip(1, "CLIPTextModel", PENULTIMATE),
+        "clip_g": _clip(2, "CLIPTextModelWithProjection", PENULTIMATE),
+    },
+    pooled=True,
+)
+
+SD35 = Family(
+    name="sd35",
+    title="Stable Diffusion 3.5",
+    pipeline_class="StableDiffusion3Pipeline",
+    denoiser="transformer",
+    denoiser_class="SD3Transformer2DModel",
+    # The states the prompt embedding is made of (report, section 2.7).
+    streams={
+        "clip_l": _clip(1, "CLIPTextModelWithProjection", PENULTIMATE),
+        "clip_g": _clip(2, "CLIPTextModelWithProjection", PENULTIMATE),
+        "t5": TextPart(
+            tokenizer="tokenizer_3",
+            encoder="text_encoder_3",
+            encoder_class="T5EncoderModel",
+            model_type="t5",
+            site=LAST,
+            max_length=256,  # the pipeline's max_sequence_length
+            optional=True,
+        ),
+    },
+    pooled=True,
+)
+
+FAMILIES: Mapping[str, Family] = {family.name: family for family in (SD15, SDXL, SD35)}
+
+
+def family_of(pipeline: Any) -> Family:
+    """Return the family of a pipeline, by its parts rather than its class: many pipelines share them.
+
+    Raises:
+        InputError: it is of none that is known.
+    """
+    if hasattr(pipeline, "text_encoder_3"):
+        family = SD35
+    elif hasattr(pipeline, "text_encoder_2"):
+        family = SDXL
+    else:
+        family = SD15
+    try:
+        family.encoders(pipeline)
+    except InputError as error:
+        known = ", ".join(each.title for each in FAMILIES.values())
+        raise InputError(f"{error}; known families: {known}") from None
+    return family

@@ -1,0 +1,157 @@
+"""The published models at their real sizes, without weights: shapes alone are computed."""
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+from engram_vision.conditions import Conditioner
+from engram_vision.families import FAMILIES, PENULTIMATE, SD15, SD35, SDXL
+
+META = torch.device("meta")
+
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
+CLIP_L |= {"projection_dim": 768, "vocab_size": 49408}
+CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20, "num_hidden_layers": 32}
+CLIP_G |= {"projection_dim": 1280, "vocab_size": 49408, "hidden_act": "gelu"}
+T5_XXL = {"d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "vocab_size": 32128}
+T5_XXL |= {"feed_forward_proj": "gated-gelu", "is_encoder_decoder": False, "tie_word_embeddings": False}
+
+ENCODERS = {
+    "sd15": {"clip_l": CLIP_L},
+    "sdxl": {"clip_l": CLIP_L, "clip_g": CLIP_G},
+    "sd35": {"clip_l": CLIP_L, "clip_g": CLIP_G, "t5": T5_XXL},
+}
+POOLED = {"CLIPTextModelWithProjection"}
+
+SD35_MEDIUM = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 384}
+SD35_MEDIUM |= {"dual_attention_layers": tuple(range(13))}
+SD35_LARGE = {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192}
+SD35_BOTH = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "attention_head_dim": 64,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 2048,
+    "qk_norm": "rms_norm",
+}
+SDXL_UNET = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 2,
+    "attention_head_dim": (5, 10, 20),
+    "transformer_layers_per_block": (1, 2, 10),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+SD15_UNET = {
+    "sample_size": 64,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 2,
+    "attention_head_dim": 8,
+    "cross_attention_dim": 768,
+}
+
+DENOISERS = {
+    "sd15": (SD15, UNet2DConditionModel, SD15_UNET, 859_520_964),
+    "sdxl": (SDXL, UNet2DConditionModel, SDXL_UNET, 2_567_463_684),
+    "sd35-medium": (SD35, SD3Transformer2DModel, SD35_BOTH | SD35_MEDIUM, 2_243_171_520),
+    "sd35-large": (SD35, SD3Transformer2DModel, SD35_BOTH | SD35_LARGE, 8_056_627_520),
+}
+
+
+def build_encoder(kind, config):
+    with META:
+        if kind == "T5EncoderModel":
+            return T5EncoderModel(T5Config(**config))
+        return {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModelWithProjection}[kind](
+            CLIPTextConfig(**config)
+        )
+
+
+class Pipeline:
+    """What the conditions take of a pipeline."""
+
+    tokenizer_3 = None
+
+    def __init__(self, family, denoiser):
+        setattr(self, family.denoiser, denoiser)
+
+
+def text_states(family, streams, batch):
+    """Return states and pooled states by stream as the encoders give them."""
+    states, pooled = {}, {}
+    for stream in streams:
+        part = family.streams[stream]
+        encoder = build_encoder(part.encoder_class, ENCODERS[family.name][stream]).eval()
+        assert part.read_length(Words, encoder) == part.max_length
+        ids = torch.zeros(batch, part.max_length, dtype=torch.int64, device=META)
+        if part.site == PENULTIMATE:
+            output = encoder(ids, output_hidden_states=True)
+            states[stream] = output.hidden_states[-2]
+            if part.encoder_class in POOLED:
+                pooled[stream] = output.text_embeds
+        else:
+            states[stream] = encoder(ids)[0]
+    return states, pooled
+
+
+class Words:
+    """A tokenizer that cuts nothing off."""
+
+    model_max_length = 512
+
+
+@pytest.mark.parametrize(
+    ("name", "streams", "shapes", "joined", "pooled_width"),
+    [
+        ("sd15", ["clip_l"], [(2, 77, 768)], (2, 77, 768), None),
+        ("sdxl", ["clip_l", "clip_g"], [(2, 77, 768), (2, 77, 1280)], (2, 77, 2048), 1280),
+        ("sd35", ["clip_l", "clip_g", "t5"], [(2, 77, 768), (2, 77, 1280), (2, 256, 4096)], (2, 333, 4096), 2048),
+        ("sd35", ["clip_l", "clip_g"], [(2, 77, 768), (2, 77, 1280)], (2, 333, 4096), 2048),
+    ],
+)
+@torch.no_grad()
+def test_text_states_are_joined_to_what_the_denoiser_reads(name, streams, shapes, joined, pooled_width):
+    family = FAMILIES[name]
+    states, pooled = text_states(family, streams, 2)
+    assert [tuple(states[stream].shape) for stream in streams] == shapes
+    denoiser = torch.nn.Module()
+    denoiser.config = type("Config", (), {"joint_attention_dim": 4096})
+    conditions = Conditioner(family, Pipeline(family, denoiser), 1024)(states, pooled)
+    assert tuple(conditions["encoder_hidden_states"].shape) == joined
+    if family is SD35:
+        assert tuple(conditions["pooled_projections"].shape) == (2, pooled_width)
+    if family is SDXL:
+        added = conditions["added_cond_kwargs"]
+        assert tuple(added["text_embeds"].shape) == (2, pooled_width)
+        assert tuple(added["time_ids"].shape) == (2, 6)
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+@torch.no_grad()
+def test_the_denoiser_takes_its_conditions_and_gives_latents(name):
+    family, kind, config, n_weights = DENOISERS[name]
+    with META:
+        denoiser = kind(**config).eval()
+    assert sum(weight.numel() for weight in denoiser.parameters()) == n_weights
+    widths = {"clip_l": 768, "clip_g": 1280, "t5": 4096}
+    lengths = {stream: part.max_length for stream, part in family.streams.items()}
+    states = {stream: torch.zeros(2, length, widths[stream], device=META) for stream, length in lengths.items()}
+    pooled_from = [stream for stream, part in family.streams.items() if part.encoder_class in POOLED]
+    pooled = {stream: torch.zeros(2, widths[stream], device=META) for stream in pooled_from}
+    side, channels = config["sample_size"], 16 if family is SD35 else 4
+    conditions = Conditioner(family, Pipeline(family, denoiser), side * 8)(states, pooled)
+    latents = torch.zeros(2, channels, side, side, device=META)
+    times = torch.zeros(2, device=META)
+    guess = denoiser(latents, timestep=times, **conditions).sample
+    assert guess.shape == latents.shape
