@@ -82,8 +82,8 @@ def run_demo(
     page = Page(
         title="engram demo",
         lead=(
-            "Two invented characters, five pictures each. Each becomes a file of ten kilobytes that gives its name a "
-            "meaning to a small frozen model. Everything else the model draws stays as it was, byte for byte."
+            "Two invented characters, five pictures each. Each becomes a small file that gives its name a meaning to a "
+            "small frozen model. Everything else the model draws stays as it was, byte for byte."
         ),
         passed=not failures,
         failures=failures,
