@@ -75,6 +75,7 @@ def train_autoencoder(images: Images, folder: Path, *, steps: int, seed: int, re
         peak_rate=PEAK_RATE,
         decay=0.998,
         weight_decay=1e-4,
+        betas=(0.9, 0.999),
         save_every=250,
         report=report,
     )

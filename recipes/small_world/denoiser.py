@@ -180,9 +180,6 @@ def train_denoiser(
             folder=folder,
             steps=steps,
             peak_rate=PEAK_RATE,
-            decay=0.9995,
-            weight_decay=1e-2,
-            betas=(0.9, 0.99),
             report=report,
             preview=preview,
         )

@@ -78,14 +78,14 @@ ENCODERS = (
         vocabulary=Vocabulary.clip_g,
         make=make_second_encoder,
         dtype=torch.bfloat16,
-        rounds=30,
+        rounds=120,
     ),
     Encoder(
         label=f"T5-XXL's width, {T5_LAYERS} of 24 layers, bf16",
         vocabulary=Vocabulary.t5,
         make=partial(make_t5_encoder, T5_LAYERS),
         dtype=torch.bfloat16,
-        rounds=10,
+        rounds=60,
     ),
     Encoder(
         label="tiny, fp32",

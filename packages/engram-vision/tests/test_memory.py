@@ -8,83 +8,41 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from torch import nn
+from vision_published import (
+    CLIP_G,
+    CLIP_L,
+    SD15_UNET,
+    SD35_BOTH,
+    SD35_LARGE,
+    SD35_MEDIUM,
+    SDXL_UNET,
+    T5_XXL,
+    VAE,
+    VAE_16,
+)
 
 from engram_core.torch.offload import BlockOffload
 from engram_vision import memory
 from engram_vision.families import SD15, SD35, SDXL
 from engram_vision.memory import Estimate, estimate_memory, offload_blocks
 
-# The published configurations, as far as sizes depend on them.
-_VAE = {
-    "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-}
-_VAE_16 = _VAE | {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
-_CLIP = {"model_type": "clip_text_model", "vocab_size": 49408, "max_position_embeddings": 77}
-_CLIP_L = _CLIP | {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
-_CLIP_L |= {"projection_dim": 768}
-_CLIP_G = _CLIP | {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 20, "intermediate_size": 5120}
-_CLIP_G |= {"projection_dim": 1280, "hidden_act": "gelu"}
-_T5_XXL = {
-    "model_type": "t5",
-    "d_model": 4096,
-    "d_ff": 10240,
-    "d_kv": 64,
-    "num_heads": 64,
-    "num_layers": 24,
-    "feed_forward_proj": "gated-gelu",
-    "vocab_size": 32128,
-}
-_SD15_UNET = {
-    "sample_size": 64,
-    "cross_attention_dim": 768,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "attention_head_dim": 8,
-}
-_SDXL_UNET = {
-    "sample_size": 128,
-    "cross_attention_dim": 2048,
-    "block_out_channels": [320, 640, 1280],
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "transformer_layers_per_block": [1, 2, 10],
-    "attention_head_dim": [5, 10, 20],
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-_MMDIT = {
-    "sample_size": 128,
-    "in_channels": 16,
-    "out_channels": 16,
-    "patch_size": 2,
-    "attention_head_dim": 64,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 2048,
-    "qk_norm": "rms_norm",
-}
-_MEDIUM = _MMDIT | {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
-_MEDIUM |= {"pos_embed_max_size": 384, "dual_attention_layers": list(range(13))}
-_LARGE = _MMDIT | {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432}
-_LARGE |= {"pos_embed_max_size": 192, "dual_attention_layers": []}
-
-_SD3_TEXT = {"text_encoder": _CLIP_L, "text_encoder_2": _CLIP_G, "text_encoder_3": _T5_XXL}
+_CLIP = {"model_type": "clip_text_model"}  # as the configuration files say beside what their classes need
+_T5 = T5_XXL | {"model_type": "t5"}
+_TEXT = {"text_encoder": CLIP_L | _CLIP}
+_TEXT_2 = _TEXT | {"text_encoder_2": CLIP_G | _CLIP}
+_TEXT_3 = _TEXT_2 | {"text_encoder_3": _T5}
 MODELS = {
-    "sd15": (SD15, {"unet": _SD15_UNET, "vae": _VAE, "text_encoder": _CLIP_L}),
-    "sdxl": (SDXL, {"unet": _SDXL_UNET, "vae": _VAE, "text_encoder": _CLIP_L, "text_encoder_2": _CLIP_G}),
-    "medium": (SD35, {"transformer": _MEDIUM, "vae": _VAE_16, **_SD3_TEXT}),
-    "large": (SD35, {"transformer": _LARGE, "vae": _VAE_16, **_SD3_TEXT}),
+    "sd15": (SD15, {"unet": SD15_UNET, "vae": VAE, **_TEXT}),
+    "sdxl": (SDXL, {"unet": SDXL_UNET, "vae": VAE, **_TEXT_2}),
+    "medium": (SD35, {"transformer": SD35_MEDIUM, "vae": VAE_16, **_TEXT_3}),
+    "large": (SD35, {"transformer": SD35_LARGE, "vae": VAE_16, **_TEXT_3}),
 }
 # Small in everything.
 _SMALL_CLIP = _CLIP | {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 _SMALL_CLIP |= {"projection_dim": 16, "vocab_size": 100}
-_SMALL_T5 = _T5_XXL | {"d_model": 64, "d_ff": 512, "d_kv": 8, "num_heads": 4, "num_layers": 2, "vocab_size": 100}
-_SMALL_VAE = _VAE_16 | {"block_out_channels": [8, 8, 16, 16], "norm_num_groups": 4}
-_SMALL_MMDIT = _MMDIT | {"num_layers": 4, "num_attention_heads": 4, "attention_head_dim": 16, "sample_size": 16}
+_SMALL_T5 = _T5 | {"d_model": 64, "d_ff": 512, "d_kv": 8, "num_heads": 4, "num_layers": 2, "vocab_size": 100}
+_SMALL_VAE = VAE_16 | {"block_out_channels": [8, 8, 16, 16], "norm_num_groups": 4}
+_SMALL_MMDIT = SD35_BOTH | {"num_layers": 4, "num_attention_heads": 4, "attention_head_dim": 16, "sample_size": 16}
 _SMALL_MMDIT |= {"caption_projection_dim": 64, "joint_attention_dim": 64, "pooled_projection_dim": 32}
 _SMALL_MMDIT |= {"pos_embed_max_size": 16, "dual_attention_layers": [0]}
 _SMALL_UNET = {

@@ -12,37 +12,12 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 from vision_builders import assemble, build_model, tokenizer, weights_of
 from vision_original import write_original
+from vision_published import CLIP_L, SD15_UNET, VAE
 
 from engram_core import InputError
 from engram_vision import shipped
 from engram_vision.families import SD15
 from engram_vision.models import check_pipeline, load_pipeline, model_fingerprint, pick_device
-
-# The configuration of runwayml/stable-diffusion-v1-5, where it differs from the classes' defaults.
-REAL_UNET = {
-    "sample_size": 64,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    "layers_per_block": 2,
-    "attention_head_dim": 8,
-    "cross_attention_dim": 768,
-}
-REAL_VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "latent_channels": 4,
-    "layers_per_block": 2,
-    "sample_size": 512,
-}
-REAL_TEXT = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_attention_heads": 12,
-    "num_hidden_layers": 12,
-    "projection_dim": 768,
-}
 
 
 @pytest.fixture
@@ -249,9 +224,9 @@ def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(model, offline, t
 def test_the_real_stable_diffusion_15_is_accepted():
     with torch.device("meta"):
         parts = {
-            "unet": UNet2DConditionModel(**REAL_UNET),
-            "vae": AutoencoderKL(**REAL_VAE),
-            "text_encoder": CLIPTextModel(CLIPTextConfig(**REAL_TEXT)),
+            "unet": UNet2DConditionModel(**SD15_UNET),
+            "vae": AutoencoderKL(**VAE),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**CLIP_L)),
         }
     assert sum(value.numel() for value in parts["unet"].parameters()) == 859_520_964
     pipeline = assemble(**parts, tokenizer=tokenizer(), scheduler=PNDMScheduler(steps_offset=1, skip_prk_steps=True))

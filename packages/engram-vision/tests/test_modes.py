@@ -4,10 +4,12 @@ Every family, with the features of diffusers, accelerate, PEFT and PyTorch that 
 """
 
 import copy
+import gc
 import sys
 import tempfile
 import threading
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -476,6 +478,22 @@ def test_each_state_on_the_way_is_that_of_a_fresh_pipeline_with_the_same_adapter
     check((*one, {TRIGGER: 0.25}))
     unload_engrams(pipeline)
     check()
+
+
+def test_what_is_disabled_is_not_indexed_again_and_what_is_unloaded_is_not_kept(base, pipeline):
+    adapters = concepts_of(base)
+    load_engram(pipeline, adapters["one"], name="one")
+    encoders = encoders_of(pipeline).values()
+    indexes = [attached(encoder).matcher for encoder in encoders]
+    disable_engrams(pipeline)
+    enable_engrams(pipeline)
+    assert [attached(encoder).matcher for encoder in encoders] == indexes
+    disable_engrams(pipeline)
+    load_engram(pipeline, adapters["two"], name="two")
+    kept = weakref.ref(attached(next(iter(encoders))).matcher)
+    unload_engrams(pipeline, "two")
+    gc.collect()
+    assert kept() is None
 
 
 def test_what_cannot_be_changed_is_refused_and_changes_nothing(base, pipeline):

@@ -11,7 +11,7 @@ from engram_core import DemoReport, GenerateReport, StreamTokenizer, TrainReport
 from engram_core.huggingface import TokenizerSource, load_tokenizers
 from engram_vision.families import Family
 from engram_vision.settings import GenerateSettings, TrainSettings
-from engram_vision.shipped import TINY, tiny_folder
+from engram_vision.shipped import TINY, model_place
 
 __all__ = ["ImageBackbone", "ImageBackboneWithDemo"]
 
@@ -27,16 +27,15 @@ class ImageBackbone:
     kind = "concept-table"
     family: Family
     title: str
-    default_model: str
     train_settings: type[TrainSettings]
     generate_settings: type[GenerateSettings]
     tiny_train: Mapping[str, Any] = MappingProxyType({})
     tiny_generate: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self) -> None:
-        """Derive name, streams and tokenizers from the family."""
+        """Derive name, default model, streams and tokenizers from the family."""
         parts = self.family.streams
-        self.name = self.family.name
+        self.name, self.default_model = self.family.name, self.family.default_model
         self.streams: Mapping[str, str] = {stream: part.site for stream, part in parts.items()}
         self.tokenizers: Mapping[str, TokenizerSource] = {
             stream: TokenizerSource(subfolder=part.tokenizer, max_length=part.max_length)
@@ -45,7 +44,7 @@ class ImageBackbone:
 
     def load_tokenizers(self, model: str, streams: Collection[str] | None = None) -> dict[str, StreamTokenizer]:
         """Return the tokenizers of a model in diffusers layout; loads no weights."""
-        return load_tokenizers(str(tiny_folder(self.name)) if model == TINY else model, self.tokenizers, streams)
+        return load_tokenizers(model_place(self.name, model), self.tokenizers, streams)
 
     def default_train_settings(self, model: str) -> Mapping[str, Any]:
         """Return what suits `tiny`: its text states are narrow and its training short, so rates are high."""

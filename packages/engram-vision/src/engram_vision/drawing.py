@@ -93,9 +93,9 @@ def draw(
 
 def find_cut(pipeline: Any, prompts: Sequence[str]) -> list[str]:
     """Return a sentence for each prompt that is longer than the encoder reads."""
-    sentences = []
+    sentences, tokenizers = [], pipeline_tokenizers(pipeline)
     for prompt in dict.fromkeys(prompts):
-        for stream, tokenizer in pipeline_tokenizers(pipeline).items():
+        for stream, tokenizer in tokenizers.items():
             ids, limit = tokenizer.encode(prompt), tokenizer.max_tokens
             if limit is not None and len(ids) > limit:
                 sentences.append(f"{prompt!r} has {len(ids)} tokens, {stream} reads {limit}; the rest has no effect")

@@ -48,6 +48,7 @@ class Family:
     Attributes:
         name: of its backbone.
         title: in words.
+        default_model: hub id used when no model is named.
         pipeline_class: its text-to-image pipeline in diffusers.
         denoiser: what the pipeline calls the model that learns nothing here and draws everything.
         denoiser_class: its class in diffusers.
@@ -57,6 +58,7 @@ class Family:
 
     name: str
     title: str
+    default_model: str
     pipeline_class: str
     denoiser: str
     denoiser_class: str
@@ -114,6 +116,7 @@ def _clip(number: int, encoder_class: str, site: str) -> TextPart:
 SD15 = Family(
     name="sd15",
     title="Stable Diffusion 1.x",
+    default_model="stable-diffusion-v1-5/stable-diffusion-v1-5",
     pipeline_class="StableDiffusionPipeline",
     denoiser="unet",
     denoiser_class="UNet2DConditionModel",
@@ -125,6 +128,7 @@ SD15 = Family(
 SDXL = Family(
     name="sdxl",
     title="Stable Diffusion XL",
+    default_model="stabilityai/stable-diffusion-xl-base-1.0",
     pipeline_class="StableDiffusionXLPipeline",
     denoiser="unet",
     denoiser_class="UNet2DConditionModel",
@@ -138,6 +142,7 @@ SDXL = Family(
 SD35 = Family(
     name="sd35",
     title="Stable Diffusion 3.5",
+    default_model="stabilityai/stable-diffusion-3.5-medium",
     pipeline_class="StableDiffusion3Pipeline",
     denoiser="transformer",
     denoiser_class="SD3Transformer2DModel",

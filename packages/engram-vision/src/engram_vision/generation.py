@@ -42,7 +42,7 @@ from engram_vision.loading import (
 )
 from engram_vision.models import load_pipeline, pick_device
 from engram_vision.settings import GenerateSettings, without_streams
-from engram_vision.shipped import TINY, tiny_folder
+from engram_vision.shipped import model_place
 
 __all__ = ["generate", "make_folder", "save_png"]
 
@@ -240,7 +240,7 @@ def _open_model(settings: GenerateSettings, device: torch.device, watcher: Watch
 
 def _check_models(adapters: Sequence[_Chosen], settings: GenerateSettings) -> None:
     """Refuse adapters of other models before this one is loaded."""
-    place = str(tiny_folder(settings.family.name)) if settings.model == TINY else settings.model
+    place = model_place(settings.family.name, settings.model)
     for chosen in adapters:
         check_family(chosen.adapter, settings.family)
         if not settings.force_base:
@@ -252,11 +252,9 @@ def _load(pipeline: Any, adapters: Sequence[_Chosen], settings: GenerateSettings
         load_engram(pipeline, chosen.adapter, strength=chosen.strengths, name=chosen.file, force=settings.force_base)
 
 
-def _identity(pipeline: Any, engrams: str) -> str | None:
+def _identity(pipeline: Any, engrams: str) -> str:
     """Return a digest of everything that is loaded; for one adapter at full strength its own identity."""
     loaded = list_engrams(pipeline)
-    if not loaded:
-        return None
     if len(loaded) == 1 and set(loaded[0].factors().values()) == {1.0}:
         return loaded[0].adapter.identity()
     return hashlib.sha256(engrams.encode()).hexdigest()

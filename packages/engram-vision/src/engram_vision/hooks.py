@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, SupportsIndex
 
 import torch
@@ -49,7 +49,7 @@ class TextEdit:
 
     def with_strength(self, strength: float | Mapping[str, float]) -> TextEdit:
         """Return the same edit with another strength; nothing is prepared anew."""
-        return TextEdit(self.adapter, self.stream, strength, self.site, self.matcher, self.residual)
+        return replace(self, strength=strength)
 
 
 @dataclass(slots=True, eq=False)
@@ -126,10 +126,7 @@ def _edit_last(edit: TextEdit, matches: Any, kwargs: Mapping[str, Any], output: 
         return None
     if kwargs.get("output_hidden_states"):
         # A pipeline that asks for all states (clip_skip) reads another one than the memory was learned for.
-        raise InputError(
-            "an engram fires, but the pipeline reads a hidden state other than the last one (clip_skip); "
-            "leave clip_skip out, or unload the engrams"
-        )
+        raise _other_state("last one")
     if isinstance(output, tuple):
         return (edited, *output[1:])
     return type(output)(**{**output, "last_hidden_state": edited})
@@ -159,7 +156,11 @@ class _EditedStates(tuple[Tensor, ...]):
     def __getitem__(self, index: SupportsIndex | slice) -> Any:
         if isinstance(index, slice) or range(len(self))[index] == len(self) - 2:
             return super().__getitem__(index)
-        raise InputError(
-            "an engram fires, but the pipeline reads a hidden state other than the last but one (clip_skip); "
-            "leave clip_skip out, or unload the engrams"
-        )
+        raise _other_state("last but one")
+
+
+def _other_state(edited: str) -> InputError:
+    return InputError(
+        f"an engram fires, but the pipeline reads a hidden state other than the {edited} (clip_skip); "
+        "leave clip_skip out, or unload the engrams"
+    )

@@ -33,6 +33,7 @@ from engram_core import (
     open_adapter,
     wrap_tokenizer,
 )
+from engram_core.card import is_repo_id
 from engram_core.hub import find_adapter
 from engram_vision.families import Family, family_of
 from engram_vision.hooks import TextEdit, attach, detach
@@ -80,18 +81,31 @@ class LoadedEngram:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class _Prepared:
+    """What was made of adapters to attach it: indexing very many concepts takes seconds, so it is not done twice.
+
+    Attributes:
+        adapters: which.
+        edits: by stream.
+    """
+
+    adapters: tuple[Adapter, ...]
+    edits: Mapping[str, TextEdit]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _State:
     """What is loaded into encoders that some pipeline brought together.
 
     Attributes:
         loaded: in the order of loading.
         places: the encoders, each with the stream it is for.
-        edits: what is attached, by stream.
+        prepared: what is attached; while nothing is in force, what was.
     """
 
     loaded: tuple[LoadedEngram, ...]
     places: tuple[tuple[weakref.ref[nn.Module], str], ...]
-    edits: Mapping[str, TextEdit]
+    prepared: _Prepared
 
 
 _states: weakref.WeakKeyDictionary[nn.Module, _State] = weakref.WeakKeyDictionary()
@@ -272,15 +286,12 @@ def check_base(adapter: Adapter, place: str) -> None:
             f"{adapter.label}: was trained on {manifest.base_model} with fingerprint {manifest.base_fingerprint[:12]}, "
             f"this one has {fingerprint[:12]}; train it again, or insist with force=True (--force-base)"
         )
-    if _is_hub_id(place) and _is_hub_id(manifest.base_model) and place != manifest.base_model:
+    both_known = is_repo_id(place) and is_repo_id(manifest.base_model) and not Path(place).exists()
+    if both_known and place != manifest.base_model:
         raise IncompatibleAdaptersError(
             f"{adapter.label}: was trained on {manifest.base_model}, this is {place}; "
             "train it again, or insist with force=True (--force-base)"
         )
-
-
-def _is_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
 
 
 def _name_of(source: str | os.PathLike[str] | Adapter, adapter: Adapter) -> str:
@@ -324,8 +335,9 @@ def _apply(pipeline: Any, loaded: tuple[LoadedEngram, ...]) -> None:
     # Encoders that another pipeline shares with this one bring that pipeline's other encoders along.
     for state in {id(state): state for encoder in places if (state := _states.get(encoder))}.values():
         places |= {encoder: stream for reference, stream in state.places if (encoder := reference())}
-    edits = _prepare(loaded, [_states[encoder] for encoder in places if encoder in _states])
-    state = _State(loaded, tuple((weakref.ref(encoder), stream) for encoder, stream in places.items()), edits)
+    prepared = _prepare(loaded, [_states[encoder].prepared for encoder in places if encoder in _states])
+    edits = prepared.edits if any(one.enabled for one in loaded) else {}
+    state = _State(loaded, tuple((weakref.ref(encoder), stream) for encoder, stream in places.items()), prepared)
     for encoder, stream in places.items():
         if stream in edits:
             attach(encoder, edits[stream])
@@ -337,19 +349,21 @@ def _apply(pipeline: Any, loaded: tuple[LoadedEngram, ...]) -> None:
             _states.pop(encoder, None)
 
 
-def _prepare(loaded: tuple[LoadedEngram, ...], before: list[_State]) -> dict[str, TextEdit]:
+def _prepare(loaded: tuple[LoadedEngram, ...], before: list[_Prepared]) -> _Prepared:
     """Return what to attach for these adapters; an index that exists already is used again."""
     active = [one for one in loaded if one.enabled]
     if not active:
-        return {}
-    strength = _strengths(active)
-    for state in before:
-        if [one.adapter for one in state.loaded if one.enabled] == [one.adapter for one in active]:
-            return {stream: edit.with_strength(strength) for stream, edit in state.edits.items()}
-    adapters = [one.adapter for one in active]
+        kept = {one.adapter for one in loaded}
+        return next((prepared for prepared in before if kept.issuperset(prepared.adapters)), _Prepared((), {}))
+    adapters, strength = tuple(one.adapter for one in active), _strengths(active)
+    for prepared in before:
+        if prepared.adapters == adapters:
+            return replace(
+                prepared, edits={stream: edit.with_strength(strength) for stream, edit in prepared.edits.items()}
+            )
     # One adapter stays memory-mapped; several become one, because triggers that overlap must be settled together.
     adapter = adapters[0] if len(adapters) == 1 else merge_adapters(adapters)
-    return {stream: TextEdit.of(adapter, stream, strength) for stream in adapter.streams}
+    return _Prepared(adapters, {stream: TextEdit.of(adapter, stream, strength) for stream in adapter.streams})
 
 
 def _strengths(loaded: list[LoadedEngram]) -> Strength:

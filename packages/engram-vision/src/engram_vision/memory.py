@@ -23,14 +23,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from engram_vision.families import LAST, SD35, Family, TextPart
+from engram_vision.models import DTYPES
 from engram_vision.quiet import quiet_libraries
 from engram_vision.settings import Precision
-from engram_vision.shipped import TINY, tiny_folder
+from engram_vision.shipped import model_place
 from engram_vision.training.frozen import TEXTS_AT_ONCE, views_at_once
 
 __all__ = ["Estimate", "estimate_memory", "offload_blocks"]
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _META = torch.device("meta")
 # What reading strangers' configurations, and running what they describe, may raise.
 _FAILURES = (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError)
@@ -110,7 +110,7 @@ def estimate_memory(
     try:
         with quiet_libraries(), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
-            modules = _build(family, _source(family, model), _DTYPES[precision], without)
+            modules = _build(family, _source(family, model), DTYPES[precision], without)
             return _estimate(
                 family,
                 modules,
@@ -143,14 +143,13 @@ def offload_blocks(denoiser: Any) -> list[nn.Module]:
 
 def _source(family: Family, model: str) -> str:
     """Return the folder or hub id that holds the configuration of a model."""
-    if model == TINY:
-        return str(tiny_folder(family.name))
-    path = Path(model).expanduser()
+    place = model_place(family.name, model)
+    path = Path(place).expanduser()
     if path.is_file():
         path = path.parent
         if not (path / "model_index.json").is_file():
             raise ValueError(f"{model}: no configuration")
-    return str(path) if path.exists() else model
+    return str(path) if path.exists() else place
 
 
 def _build(family: Family, source: str, dtype: torch.dtype, without: Collection[str]) -> dict[str, nn.Module]:

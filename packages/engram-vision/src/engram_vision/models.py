@@ -15,11 +15,13 @@ from engram_core import InputError
 from engram_vision.families import SD15, Family
 from engram_vision.quiet import quiet_libraries
 from engram_vision.settings import Device, Precision
-from engram_vision.shipped import TINY, tiny_fingerprint, tiny_folder
+from engram_vision.shipped import TINY, model_place, tiny_fingerprint
 
-__all__ = ["check_pipeline", "load_pipeline", "model_fingerprint", "pick_device"]
+__all__ = ["DTYPES", "check_pipeline", "load_pipeline", "model_fingerprint", "pick_device"]
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Each precision's number type."""
+
 _SINGLE_FILES = (".safetensors", ".ckpt")
 _NO_CHECKER = {"safety_checker": None, "requires_safety_checker": False}
 
@@ -65,8 +67,8 @@ def load_pipeline(
     Raises:
         InputError: it cannot be found or read, or is another kind of model.
     """
-    source = tiny_folder(family.name) if model == TINY else Path(model).expanduser()
-    loader = _Loader(family, model, _DTYPES[precision], without)
+    source = Path(model_place(family.name, model)).expanduser()
+    loader = _Loader(family, model, DTYPES[precision], without)
     with quiet_libraries(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # no safety checker, slow loading, missing torchvision: all meant
         if source.is_dir():

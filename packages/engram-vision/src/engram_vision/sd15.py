@@ -19,7 +19,6 @@ class StableDiffusion15(ImageBackboneWithDemo):
 
     family = FAMILY
     title = "Stable Diffusion 1.5"
-    default_model = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     train_settings = SD15TrainSettings
     generate_settings = SD15GenerateSettings
     tiny_train: Mapping[str, Any] = {

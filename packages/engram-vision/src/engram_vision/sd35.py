@@ -19,7 +19,6 @@ class StableDiffusion35(ImageBackboneWithDemo):
 
     family = FAMILY
     title = "Stable Diffusion 3.5"
-    default_model = "stabilityai/stable-diffusion-3.5-medium"
     train_settings = SD35TrainSettings
     generate_settings = SD35GenerateSettings
     tiny_train: Mapping[str, Any] = {

@@ -14,7 +14,6 @@ class StableDiffusionXL(ImageBackbone):
 
     family = FAMILY
     title = "Stable Diffusion XL"
-    default_model = "stabilityai/stable-diffusion-xl-base-1.0"
     train_settings = SDXLTrainSettings
     generate_settings = SDXLGenerateSettings
 

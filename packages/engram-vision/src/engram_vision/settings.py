@@ -157,7 +157,7 @@ class SD15TrainSettings(TrainSettings):
 
     family: ClassVar[Family] = SD15
 
-    model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    model: str = SD15.default_model
     min_snr: float | None = None
 
     def faults(self) -> Iterator[str]:
@@ -173,7 +173,7 @@ class SDXLTrainSettings(SD15TrainSettings):
 
     family: ClassVar[Family] = SDXL
 
-    model: str = "stabilityai/stable-diffusion-xl-base-1.0"
+    model: str = SDXL.default_model
     rule: Rule = "relative"
     batch_size: int = 1
     vector_rate: float = 5e-4
@@ -191,7 +191,7 @@ class SD35TrainSettings(TrainSettings):
 
     family: ClassVar[Family] = SD35
 
-    model: str = "stabilityai/stable-diffusion-3.5-medium"
+    model: str = SD35.default_model
     rule: Rule = "relative"
     batch_size: int = 1
     vector_rate: float = 5e-4
@@ -280,7 +280,7 @@ class SD15GenerateSettings(GenerateSettings):
 
     family: ClassVar[Family] = SD15
 
-    model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    model: str = SD15.default_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -289,7 +289,7 @@ class SDXLGenerateSettings(GenerateSettings):
 
     family: ClassVar[Family] = SDXL
 
-    model: str = "stabilityai/stable-diffusion-xl-base-1.0"
+    model: str = SDXL.default_model
     guidance: float = 5.0
     batch_size: int = 1
 
@@ -304,7 +304,7 @@ class SD35GenerateSettings(GenerateSettings):
 
     family: ClassVar[Family] = SD35
 
-    model: str = "stabilityai/stable-diffusion-3.5-medium"
+    model: str = SD35.default_model
     guidance: float = 4.5
     batch_size: int = 1
     precision: Precision = "bf16"

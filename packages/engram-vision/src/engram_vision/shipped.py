@@ -8,7 +8,15 @@ from pathlib import Path
 
 from engram_core import InputError
 
-__all__ = ["TINY", "characters_folder", "judge_folder", "known_fingerprint", "tiny_fingerprint", "tiny_folder"]
+__all__ = [
+    "TINY",
+    "characters_folder",
+    "judge_folder",
+    "known_fingerprint",
+    "model_place",
+    "tiny_fingerprint",
+    "tiny_folder",
+]
 
 TINY = "tiny"
 """The name of the checkpoint that ships for a backbone."""
@@ -27,6 +35,15 @@ def tiny_folder(backbone: str) -> Path:
         there = sorted(path.parent.name for path in _ROOT.glob("*/model_index.json"))
         raise InputError(f"no {TINY!r} model ships for {backbone}, only for {', '.join(there)}; pass --model")
     return _existing(folder, "model_index.json")
+
+
+def model_place(backbone: str, model: str) -> str:
+    """Return where to load a model from: the shipped checkpoint's folder for `tiny`, and other names as they are.
+
+    Raises:
+        InputError: it is `tiny`, and none ships for the backbone.
+    """
+    return str(tiny_folder(backbone)) if model == TINY else model
 
 
 def judge_folder() -> Path:
