@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from recipes.small_world.training import Report, fit
+from recipes.training import Report, fit
 
 BATCH = 16
 PEAK_RATE = 1.5e-3

@@ -14,8 +14,8 @@ from recipes.small_world.denoiser import Denoiser, build_denoiser, build_schedul
 from recipes.small_world.judge import train_judge
 from recipes.small_world.sheet import save_sheet
 from recipes.small_world.tokenizer import train_tokenizer
-from recipes.small_world.training import Report, Weights
 from recipes.small_world.world import World, draw_world
+from recipes.training import Report, Weights
 
 AUTOENCODER_PICTURES = 12_000
 JUDGE_PICTURES = 12_000

@@ -11,10 +11,10 @@ from transformers import CLIPTextModel
 from recipes.small_world.autoencoder import encode_images
 from recipes.small_world.denoiser import prepare_lessons
 from recipes.small_world.sheet import save_sheet
-from recipes.small_world.training import Report, Weights
 from recipes.small_world.transformer import Models, Readers, build_flow, build_models, build_readers, train_transformer
 from recipes.small_world.unigram import MAX_LENGTH
 from recipes.small_world.world import World
+from recipes.training import Report, Weights
 
 
 def make_sd35(world: World, work: Path, out: Path, *, steps: int, seed: int, report: Report) -> None:

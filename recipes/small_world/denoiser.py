@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from recipes.small_world.tokenizer import MAX_LENGTH
-from recipes.small_world.training import Report, Weights, fit
 from recipes.small_world.world import SIZE, Box
+from recipes.training import Report, Weights, fit
 
 BATCH = 64
 PEAK_RATE = 1.2e-3

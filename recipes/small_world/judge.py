@@ -14,9 +14,9 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from engram_vision.demo.judge import Judge, to_inputs
 from recipes.small_world.captions import SCENE_PHRASES
-from recipes.small_world.state import cosine
 from recipes.small_world.subjects import ATTRIBUTES, EMOJI, Monster
 from recipes.small_world.world import REGIONS, Box, Subject, World
+from recipes.state import cosine
 
 BATCH = 64
 PEAK_RATE = 2e-3

@@ -22,8 +22,8 @@ from transformers import (
 from recipes.small_world import unigram
 from recipes.small_world.denoiser import EMPTY_CAPTIONS, Lessons, tokenize
 from recipes.small_world.tokenizer import MAX_LENGTH
-from recipes.small_world.training import Report, Weights, fit
 from recipes.small_world.unigram import vary_case
+from recipes.training import Report, Weights, fit
 
 BATCH = 64
 PEAK_RATE = 1.2e-3

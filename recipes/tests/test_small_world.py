@@ -13,7 +13,8 @@ from transformers import T5Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from recipes.small_world import autoencoder, denoiser, training, transformer, unigram
+from recipes import training
+from recipes.small_world import autoencoder, denoiser, transformer, unigram
 from recipes.small_world.captions import SCENE_PHRASES, describe_monster, invent_name, write_caption
 from recipes.small_world.checkpoint35 import assemble
 from recipes.small_world.judge import GROUPS, label
@@ -124,7 +125,7 @@ def test_the_autoencoder_goes_on_where_it_stopped(tmp_path, monkeypatch):
 
 
 def cosine_of_four(step, **rest):
-    from recipes.small_world.state import cosine
+    from recipes.state import cosine
 
     return cosine(step, 4, **rest)
 

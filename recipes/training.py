@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from recipes.small_world.state import Average, cosine, load_state, save_state
+from recipes.state import Average, cosine, load_state, save_state
 
 Report = Callable[[str], None]
 Weights = Mapping[str, Mapping[str, Tensor]]
