@@ -6,7 +6,18 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-from engram_core import DemoReport, EngramError, Generated, GenerateReport, TrainReport
+from engram_core import (
+    DemoReport,
+    EngramError,
+    EvaluateReport,
+    Generated,
+    GeneratedText,
+    GenerateReport,
+    Measure,
+    TextReport,
+    TrainReport,
+    UsedAdapter,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +56,17 @@ class ToyGeneration:
     def faults(self):
         if not self.prompts:
             yield "there is no prompt; give --prompt or --prompts-file"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToyEvaluation:
+    adapters: tuple[str, ...] = ()
+    texts: tuple[Path, ...] = ()
+    tasks: tuple[str, ...] = ()
+    model: str = "toy/model"
+    base: bool = True
+    window: int | None = None
+    output: Path | None = None
 
 
 class Mute:
@@ -122,6 +144,67 @@ class Toy(Mute):
             passed=not self.failures,
             failures=self.failures,
             seconds=3.5,
+        )
+
+
+class Talker(Mute):
+    """A backbone for texts that measures as well; what it says is in its prompts."""
+
+    kind = "hashed-memory"
+    generate_settings = ToyGeneration
+    evaluate_settings = ToyEvaluation
+
+    def __init__(self, name="talker", title="a talker"):
+        super().__init__(name, title)
+        self.calls = []
+
+    def default_generate_settings(self, model):
+        return {}
+
+    default_evaluate_settings = default_generate_settings
+
+    def generate(self, settings, *, overwrite=False, watcher=None):
+        self.calls.append((settings, overwrite))
+        adapters = tuple(UsedAdapter(file=file, identity="ab" * 32, strength=0.5) for file in settings.adapters)
+        texts = []
+        for prompt in settings.prompts:
+            for used in ((), adapters) if settings.compare else (adapters,):
+                text = f" {'more' if used else 'less'}\n[bold]and\x1b[31m so on"
+                title = f"{'engram' if used else 'base'}: {prompt}"
+                watcher.text(title, text[:5])
+                watcher.text(title, text[5:])
+                watcher.text(title, "")
+                fields = {"prompt": prompt, "seed": 0, "text": text, "n_tokens": 3, "stopped": "end"}
+                texts.append(GeneratedText(adapters=used, **fields))
+        output = settings.output if settings.output != Path("images") else None
+        return TextReport(texts=tuple(texts), output=output, seconds=1.5)
+
+    def evaluate(self, settings, *, overwrite=False, watcher=None):
+        self.calls.append((settings, overwrite))
+        watcher.begin("reading", 4)
+        watcher.advance(4)
+        measures = [
+            Measure(
+                subject=str(text), metric="perplexity", values={"base": 9.5, "engram": 7.25}, higher_is_better=False
+            )
+            for text in settings.texts
+        ] + [
+            Measure(
+                subject=task,
+                metric="acc",
+                values={"base": 0.5, "engram": value},
+                higher_is_better=True,
+                errors={"base": 0.03, "engram": 0.04},
+            )
+            for task, value in zip(settings.tasks, (0.45, 0.4, 0.6), strict=False)
+        ]
+        counts = {"documents": 1, "tokens": 20, "bytes": 80, "windows": 4}
+        return EvaluateReport(
+            measures=tuple(measures),
+            adapters=tuple(UsedAdapter(file=file, identity="ab" * 32, strength=1.0) for file in settings.adapters),
+            details={"texts": {str(text): counts for text in settings.texts}},
+            output=settings.output,
+            seconds=83.0,
         )
 
 

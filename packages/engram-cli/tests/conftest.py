@@ -19,9 +19,12 @@ from engram_core import (
     ConceptRecord,
     ConceptStream,
     Manifest,
+    MemoryRecord,
+    MemorySettings,
     StreamSpec,
     build_registry,
     wrap_tokenizer,
+    write_memory,
 )
 
 sys.path.insert(0, str(Path(__file__).parent))  # pytest's import mode adds nothing
@@ -79,6 +82,35 @@ class World:
         )
         path = self.folder / (file or f"{name}.safetensors")
         Adapter.build(manifest, [concept]).save(path)
+        return path
+
+    def build_memory(self, name, *, width=4, backbone="example", base_model="none", training=None, **record):
+        """Write a hashed memory of noise."""
+        tokenizer = wrap_tokenizer(Tokenizer.from_file(str(self.folder / "tokenizer.json")))
+        settings = MemorySettings(
+            engram_vocab_size=(11, 7),
+            max_ngram_size=3,
+            n_embed_per_ngram=4,
+            n_head_per_ngram=2,
+            layer_ids=(1, 3),
+            kernel_size=2,
+            dilation=3,
+            pad_id=0,
+        )
+        noise = np.random.default_rng(0)
+        primes = settings.hash(1, 0).primes
+        tensors = {
+            layer: {
+                part: ("f32", noise.normal(size=shape).astype(np.float32))
+                for part, shape in settings.shapes(width, int(primes[layer].sum())).items()
+            }
+            for layer in settings.layer_ids
+        }
+        spec = StreamSpec(width=width, site="decoder_layer_input", tokenizer=tokenizer.spec)
+        manifest = Manifest(backbone=backbone, base_model=base_model, streams={"text": spec})
+        record = MemoryRecord(name=name, settings=settings, training=training or {}, **record)
+        path = self.folder / f"{name}.safetensors"
+        write_memory(path, manifest, record, np.arange(tokenizer.spec.vocab_size, dtype=np.int32), tensors)
         return path
 
     def run(self, *arguments, color=False, columns=200, env=None, **options):

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 COMMANDS = ["merge", "extract", "inspect", "convert", "push", "doctor", "train", "generate", "data", "eval", "demo"]
-ABSENT = ["data", "eval"]
+ABSENT = ["data"]
 
 
 def modules_after(world, *arguments):
@@ -54,7 +54,9 @@ def test_version(world):
     assert world.run("--version").out.startswith("engram 0.")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["generate", "--help"], ["demo", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["generate", "--help"], ["eval", "--help"], ["demo", "--help"]]
+)
 def test_help_imports_neither_torch_nor_numpy(world, arguments):
     loaded = modules_after(world, *arguments)
     assert "typer" in loaded
@@ -67,6 +69,11 @@ def test_inspect_imports_neither_torch_nor_rich(world):
     # It must answer at once.
     assert not {"torch", "transformers", "diffusers", "rich", "tokenizers", "huggingface_hub"} & loaded
     assert "engram_core.hub" not in loaded
+
+
+def test_inspecting_a_memory_imports_neither_torch_nor_rich(world):
+    loaded = modules_after(world, "inspect", world.build_memory("biomedicine"))
+    assert not {"torch", "transformers", "rich", "tokenizers", "huggingface_hub"} & loaded
 
 
 def test_inspecting_a_prompt_imports_no_torch(world):

@@ -107,7 +107,7 @@ def test_adapters_of_different_backbones_are_refused(engram, toy, world, adapter
     assert done.status == 1
     assert done.err == (
         "error: other.safetensors: is for backbone 'example', but aldric.safetensors is for 'toy'; "
-        "generate with each on its own\n"
+        "use each on its own\n"
     )
     done = engram("generate", "-a", adapter, "--backbone", "mute", *PROMPT)
     assert done.status == 1

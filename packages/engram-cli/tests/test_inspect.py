@@ -176,3 +176,61 @@ def test_interrupting_is_one_line_and_status_130(world):
     assert process.returncode == 130
     assert "Traceback" not in err
     assert "interrupted" in err
+
+
+def test_a_memory_shows_what_it_belongs_to_and_its_size(world):
+    path = world.build_memory("biomedicine", license="CC0-1.0", training={"steps": 300, "data": "texts"})
+    done = world.run("inspect", path.name)
+    assert done.status == 0, done.err
+    identity = hashlib.sha256(path.read_bytes()).hexdigest()
+    lines = done.out.splitlines()
+    assert f"identity     {identity}" in lines
+    assert lines[0].startswith("file         biomedicine.safetensors (")
+    assert lines[0].endswith(", hashed memory)")
+    assert "licence      CC0-1.0" in lines
+    assert "n-grams      2 to 3, 2 heads each" in lines
+    assert "rows a head  11 for n = 2, 7 for n = 3, or the primes that follow; width 2" in lines
+    assert "window       2 taps every 3 positions" in lines
+    assert any(line.split() == ["1", "48", "384", "B", "f32"] for line in lines)
+    assert any(line.split() == ["steps", "300"] for line in lines)
+    quick = world.run("inspect", path.name, "--quick").out
+    assert "not computed (--quick)" in quick
+
+
+def test_json_holds_all_of_a_memory(world):
+    path = world.build_memory("biomedicine", training={"steps": 300})
+    report = world.run("inspect", path.name, "--json").json
+    assert report["kind"] == "hashed-memory"
+    assert report["identity"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert report["bytes"] == path.stat().st_size
+    assert report["memory"]["layer_ids"] == [1, 3]
+    assert report["training"] == {"steps": 300}
+    assert report["tables"]["1"] == {"rows": 48, "bytes": 384, "dtype": "f32"}
+    assert report["manifest"]["streams"]["text"]["width"] == 4
+
+
+def test_every_value_of_a_memory_is_checked(world):
+    path = world.build_memory("biomedicine")
+    data = bytearray(path.read_bytes())
+    data[-4:] = b"\xff\xff\xff\x7f"  # the compressed ids come last
+    data[-1000:-996] = b"\xff\xff\xff\x7f"
+    path.write_bytes(data)
+    done = world.run("inspect", path.name)
+    assert done.status == 1
+    assert "biomedicine.safetensors: " in done.err
+    assert world.run("inspect", path.name, "--quick").status in (0, 1)
+
+
+def test_a_memory_has_no_triggers_to_look_for(world):
+    path = world.build_memory("biomedicine")
+    for option in ("--prompt", "--against"):
+        done = world.run("inspect", path.name, option, "x")
+        assert done.status == 1
+        assert "biomedicine.safetensors: is a hashed memory, which has no trigger" in done.err
+
+
+def test_memories_are_not_compared(world):
+    memory, adapter = world.build_memory("biomedicine"), world.build("aldric", "Aldric Vortex")
+    done = world.run("inspect", adapter.name, memory.name)
+    assert done.status == 1
+    assert "kind is 'concept-table' in the first and 'hashed-memory' in the second" in done.err

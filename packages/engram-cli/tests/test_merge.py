@@ -134,3 +134,33 @@ def test_unusable_files_are_one_line_naming_the_file(world, damage):
         assert done.err.count("\n") == 1
         assert "bad.safetensors" in done.err
     assert not {"merged.safetensors", "x.safetensors"} & set(world.files())
+
+
+def test_memories_do_not_merge_and_say_what_to_do(world):
+    one, other = world.build_memory("one"), world.build_memory("other")
+    done = world.run("merge", one.name, other.name)
+    assert done.status == 1
+    assert done.err == (
+        "error: one.safetensors and other.safetensors do not merge: kind is 'hashed-memory' in both; hashed memories "
+        "act side by side: name both, e.g. engram generate -a one.safetensors -a other.safetensors\n"
+    )
+    assert "merged.safetensors" not in world.files()
+    done = world.run("merge", one.name)
+    assert "one.safetensors does not merge: kind is 'hashed-memory'; hashed memories act side by side" in done.err
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_kinds_do_not_merge(world, order):
+    files = [world.build("aldric", "Aldric Vortex").name, world.build_memory("one").name][::order]
+    kinds = ["concept-table", "hashed-memory"][::order]
+    done = world.run("merge", *files)
+    assert done.status == 1
+    assert f"{files[0]} and {files[1]} do not merge: " in done.err
+    assert f"kind is {kinds[0]!r} in the first and {kinds[1]!r} in the second" in done.err
+
+
+def test_nothing_is_extracted_from_a_memory(world):
+    done = world.run("extract", world.build_memory("one").name, "x")
+    assert done.status == 1
+    assert "one.safetensors: is a hashed memory, which has no concepts to extract" in done.err
+    assert done.err.count("\n") == 1

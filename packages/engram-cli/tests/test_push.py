@@ -159,3 +159,12 @@ def test_a_folder_is_inspected_by_the_adapter_in_it(world, engram, aldric):
     aldric.rename(world.folder / "copy" / "engram.safetensors")
     assert "Aldric Vortex" in engram("inspect", "copy").out
     assert "is not a regular file" in engram("inspect", ".").err
+
+
+def test_a_memory_gets_a_card_of_its_own(world, engram, hub):
+    path = world.build_memory("biomedicine", backbone="qwen3", base_model="Qwen/Qwen3-0.6B", license="mit")
+    done = engram("push", path.name, "me/biomedicine", "--dry-run")
+    assert done.status == 0, done.err
+    for part in ('license: "mit"', 'pipeline_tag: "text-generation"', '  - "hashed-memory"', "load_memory(model, "):
+        assert part in done.out
+    assert hub.calls == []

@@ -191,7 +191,7 @@ def with_metadata(**fields: Any) -> bytes:
         ({"format_version": "2"}, ("format_version is '2'", "reads '1'")),
         ({"format_version": "1.0"}, ("format_version is '1.0'",)),
         ({"kind": None}, ("lacks the field 'kind'",)),
-        ({"kind": "hashed-memory"}, ("kind is 'hashed-memory'", "reads 'concept-table'")),
+        ({"kind": "unheard-of"}, ("kind is 'unheard-of'", "reads 'concept-table'")),
         ({"kind": "\x1b[31m"}, (r"kind is '\x1b[31m'",)),
         ({"kind": "x" * 5000}, ("kind is 'xxx", "...")),
         ({"extra": "1"}, ("header has an unknown field 'extra'",)),

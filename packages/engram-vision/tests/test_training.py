@@ -23,6 +23,7 @@ from vision_builders import (
 
 from engram_core import InputError, TargetExistsError, TrainingError, TriggerError, open_adapter
 from engram_core.settings import Layer, resolve_settings
+from engram_core.training.metrics import read_metrics
 from engram_vision.dataset import read_dataset
 from engram_vision.drawing import Drawing, draw
 from engram_vision.images import fit_square, load_picture
@@ -31,7 +32,6 @@ from engram_vision.settings import SD15TrainSettings
 from engram_vision.training import preparation, trainer
 from engram_vision.training.batches import Batch, draw_batch
 from engram_vision.training.frozen import FrozenData
-from engram_vision.training.metrics import read_metrics
 from engram_vision.training.objectives import Diffusion
 from engram_vision.training.state import load_state
 from engram_vision.training.trainer import METRICS, PREVIEWS, SETTINGS, STATE, train

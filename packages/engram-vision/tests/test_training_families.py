@@ -23,6 +23,7 @@ from vision_families import (
 
 from engram_core import ConceptRecord, InputError, StreamSpec, open_adapter
 from engram_core.torch import TrainableStream
+from engram_core.training.metrics import read_metrics
 from engram_vision.dataset import CaptionedImage, read_dataset
 from engram_vision.families import SD35, family_of
 from engram_vision.loading import load_engram
@@ -30,7 +31,6 @@ from engram_vision.settings import SD15TrainSettings, SD35TrainSettings, SDXLTra
 from engram_vision.training import trainer
 from engram_vision.training.frozen import TextReader, encode_views, freeze
 from engram_vision.training.initial import describe_vectors
-from engram_vision.training.metrics import read_metrics
 from engram_vision.training.objectives import Diffusion, Flow, make_objective
 from engram_vision.training.state import load_state
 from engram_vision.training.trainer import METRICS, PREVIEWS, STATE, train

@@ -13,8 +13,8 @@ import pytest
 from vision_builders import Log, captions, train_settings, write_pictures
 
 from engram_core import open_adapter
-from engram_vision.training.interrupt import DeferredInterrupt
-from engram_vision.training.metrics import read_metrics
+from engram_core.training.interrupt import DeferredInterrupt
+from engram_core.training.metrics import read_metrics
 from engram_vision.training.state import load_state
 from engram_vision.training.trainer import METRICS, SETTINGS, STATE, train
 

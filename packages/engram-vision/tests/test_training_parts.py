@@ -15,15 +15,15 @@ from vision_builders import LENGTH, LOUD, SIZE, TRIGGER, WIDTH, captions, ids_of
 
 from engram_core import AdapterWriteError, ConceptRecord, InputError, StreamSpec, build_registry
 from engram_core.torch import TrainableStream
+from engram_core.training.metrics import MetricsFile, read_metrics
+from engram_core.training.schedule import rate_factor
 from engram_vision.dataset import CaptionedImage, read_dataset
 from engram_vision.families import SD15
 from engram_vision.loading import pipeline_tokenizers
 from engram_vision.training.batches import draw_batch, fixed_batches
 from engram_vision.training.frozen import FrozenData, FrozenTexts, TextReader, freeze, vary_caption
 from engram_vision.training.initial import describe_vectors, random_vectors
-from engram_vision.training.metrics import MetricsFile, read_metrics
 from engram_vision.training.objectives import Diffusion
-from engram_vision.training.schedule import rate_factor
 
 CPU = torch.device("cpu")
 STEPS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

@@ -11,7 +11,7 @@ from vision_builders import LOUD, captions, train_settings, write_pictures
 
 from engram_core import open_adapter
 from engram_core.settings import dump_settings
-from engram_vision.training.metrics import read_metrics
+from engram_core.training.metrics import read_metrics
 from engram_vision.training.trainer import METRICS, train
 
 pytestmark = pytest.mark.slow

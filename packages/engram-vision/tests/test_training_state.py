@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from vision_builders import LOUD, TRIGGER, Log, build_model, captions, train_settings, write_pictures
 
 from engram_core import AdapterWriteError, InputError, TargetExistsError
+from engram_core.training.metrics import read_metrics
 from engram_vision.training import state, trainer
-from engram_vision.training.metrics import read_metrics
 from engram_vision.training.state import Progress, load_state, restore_optimizer, save_state
 from engram_vision.training.trainer import METRICS, STATE, train
 

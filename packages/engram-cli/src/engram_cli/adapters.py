@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from engram_core import IncompatibleAdaptersError, Manifest, open_adapter
+from engram_core import IncompatibleAdaptersError, Manifest, open_any
 from engram_core.settings import split_strength
 
 
@@ -40,11 +40,11 @@ def read_manifests(named: Sequence[str], backbone: str | None) -> dict[str, Mani
     found: dict[str, Manifest] = {}
     for text in named:
         file, _ = split_strength(text)
-        manifest = open_adapter(find_file(file)).manifest
+        manifest = open_any(find_file(file)).manifest
         if backbone is not None and manifest.backbone != backbone:
             others = f"{next(iter(found))} is for {backbone!r}" if found else f"{backbone!r} was asked for"
             raise IncompatibleAdaptersError(
-                f"{file}: is for backbone {manifest.backbone!r}, but {others}; generate with each on its own"
+                f"{file}: is for backbone {manifest.backbone!r}, but {others}; use each on its own"
             )
         backbone = manifest.backbone
         found[file] = manifest

@@ -11,6 +11,7 @@ from engram_core import (
     BackboneNotFoundError,
     DemonstratingBackbone,
     EngramError,
+    EvaluatingBackbone,
     GeneratingBackbone,
     TrainingBackbone,
     list_backbones,
@@ -18,12 +19,19 @@ from engram_core import (
 )
 
 _ABILITIES: Mapping[str, tuple[Any, str]] = {
-    "train": (TrainingBackbone, "train a concept"),
+    "train": (TrainingBackbone, "train"),
     "generate": (GeneratingBackbone, "generate"),
+    "eval": (EvaluatingBackbone, "evaluate an adapter"),
     "demo": (DemonstratingBackbone, "run a demonstration"),
 }
 
-_PACKAGES = {"sd15": "engram-vision", "sd35": "engram-vision", "wan22": "engram-video", "qwen3": "engram-llm"}
+_PACKAGES = {
+    "sd15": "engram-vision",
+    "sdxl": "engram-vision",
+    "sd35": "engram-vision",
+    "wan22": "engram-video",
+    "qwen3": "engram-llm",
+}
 
 
 def find_backbone(name: str, command: str) -> Any:
@@ -31,7 +39,7 @@ def find_backbone(name: str, command: str) -> Any:
 
     Args:
         name: of the backbone.
-        command: `train`, `generate` or `demo`.
+        command: `train`, `generate`, `eval` or `demo`.
 
     Raises:
         BackboneNotFoundError: it is not installed; says what to install where that is known.

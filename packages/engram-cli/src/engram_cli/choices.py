@@ -19,6 +19,8 @@ from engram_cli.settings_files import parse_value, read_settings
 from engram_core import EngramError, InputError, MissingSettingsError
 from engram_core.settings import Layer, resolve_settings
 
+_ABILITIES = {"eval": "evaluate"}  # where a backbone's attributes have another name than the command
+
 
 class Choices:
     """The choices for one call of a command; what is missing is asked for, or told in one usage error."""
@@ -134,7 +136,8 @@ class Choices:
         defaults = [field.default for field in fields(kind) if field.name == "model"]
         models = [*self.texts("model"), *suggested, *defaults, backbone.default_model]
         model = next(text for text in models if isinstance(text, str))
-        advice = getattr(backbone, f"default_{self._command}_settings")(model)
+        ability = _ABILITIES.get(self._command, self._command)
+        advice = getattr(backbone, f"default_{ability}_settings")(model)
         return [
             Layer(source=f"backbone {backbone.name}", values=advice),
             *suggestions,
@@ -182,7 +185,7 @@ def _someone_is_there() -> bool:
 
 
 def _settings_class(backbone: Any, command: str) -> type[Any]:
-    kind: type[Any] = getattr(backbone, f"{command}_settings")
+    kind: type[Any] = getattr(backbone, f"{_ABILITIES.get(command, command)}_settings")
     return kind
 
 

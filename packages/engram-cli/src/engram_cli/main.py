@@ -18,7 +18,8 @@ _MODULES = {
     **{
         name: name for name in ("train", "generate", "merge", "extract", "inspect", "convert", "push", "doctor", "demo")
     },
-    **dict.fromkeys(("data", "eval"), "abilities"),
+    "eval": "evaluate",
+    "data": "abilities",
 }
 
 

@@ -18,6 +18,11 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
 
 
+def printable_block(text: str) -> str:
+    """Return text of several lines that is safe in a terminal."""
+    return "".join(sign if sign in "\n\t" else printable(sign) for sign in text)
+
+
 def show(text: str = "", **style: Any) -> None:
     """Print a line of a result.
 

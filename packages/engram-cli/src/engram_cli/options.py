@@ -10,7 +10,9 @@ from typer.core import TyperCommand
 
 from engram_cli.settings_files import DEFAULT_FILE
 
-Backbone = Annotated[str | None, typer.Option("--backbone", help="Model family, e.g. sd15.", show_default=False)]
+Backbone = Annotated[
+    str | None, typer.Option("--backbone", help="Model family, e.g. sd15 or qwen3.", show_default=False)
+]
 Config = Annotated[
     Path | None,
     typer.Option(

@@ -19,7 +19,7 @@ def show_adapter(adapter: Adapter, *, quick: bool, limit: int, as_json: bool) ->
     """Show an adapter's contents."""
     identity = None
     if not quick:
-        with _working("checking", adapter.nbytes()):
+        with working_on("checking", adapter.nbytes()):
             adapter.check()
             identity = adapter.identity()
     if as_json:
@@ -82,7 +82,7 @@ def _concept_row(adapter: Adapter, index: int) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def _working(title: str, n_bytes: int) -> Iterator[None]:
+def working_on(title: str, n_bytes: int) -> Iterator[None]:
     """Show a spinner over what takes long enough to be worth importing Rich for."""
     if n_bytes < _SLOW:
         yield
@@ -111,7 +111,7 @@ def show_conflicts(adapters: Sequence[Adapter], *, as_json: bool) -> None:
     """Show every pair of concepts that a merge would have to settle."""
     from engram_core import find_conflicts
 
-    with _working("comparing", sum(adapter.nbytes() for adapter in adapters)):
+    with working_on("comparing", sum(adapter.nbytes() for adapter in adapters)):
         conflicts = find_conflicts(adapters)
     if as_json:
         show_json(

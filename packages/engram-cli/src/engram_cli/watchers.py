@@ -12,7 +12,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from engram_cli.console import plain, terminal
-from engram_cli.messages import format_duration, format_size, printable, show_note, show_progress
+from engram_cli.messages import format_duration, format_size, printable, printable_block, show_note, show_progress
 from engram_core import Watcher
 
 _WINDOW = 30.0  # seconds over which the speed is measured
@@ -22,12 +22,12 @@ _PAUSE = 10.0  # least seconds between two lines of a log
 
 
 @contextlib.contextmanager
-def watching(*, as_json: bool) -> Iterator[Watcher]:
+def watching(*, as_json: bool) -> Iterator[NotingWatcher]:
     """Yield a watcher that shows what suits the place; with --json no lines, but notes and, in a terminal, the bar."""
     console = terminal()
     if console is not None:
         with draw_bar(console) as bar:
-            yield LiveWatcher(bar)
+            yield LiveWatcher(bar, texts=sys.stdout.isatty() and not as_json)
     elif as_json:
         yield NotingWatcher()
     else:
@@ -63,7 +63,13 @@ class Bar(Progress):
 
 
 class NotingWatcher(Watcher):
-    """Shows notes alone."""
+    """Shows notes alone.
+
+    Attributes:
+        has_shown_texts: whether texts were shown while they were generated.
+    """
+
+    has_shown_texts = False
 
     def note(self, message: str) -> None:
         """Show a note."""
@@ -110,11 +116,18 @@ class LogWatcher(NotingWatcher):
 
 
 class LiveWatcher(NotingWatcher):
-    """Moves a bar and shows the figures below it."""
+    """Moves a bar and shows the figures below it; in place of the bar it can show texts while they are generated."""
 
-    def __init__(self, bar: Bar, clock: Callable[[], float] = time.monotonic) -> None:
-        """Move `bar`, taking the time from `clock`, in seconds."""
-        self._bar, self._clock = bar, clock
+    def __init__(self, bar: Bar, clock: Callable[[], float] = time.monotonic, *, texts: bool = False) -> None:
+        """Move `bar`, taking the time from `clock`, in seconds.
+
+        Args:
+            bar: is drawn already.
+            clock: for the speed.
+            texts: show texts as well, on the bar's console.
+        """
+        self._bar, self._clock, self._texts = bar, clock, texts
+        self._title: str | None = None
         self._task: TaskID | None = None
         self._work = _Work("", None, 0, 0.0)
 
@@ -137,6 +150,24 @@ class LiveWatcher(NotingWatcher):
         if self._task is not None:
             self._bar.remove_task(self._task)
         self._task, self._bar.figures = None, ""
+
+    def text(self, title: str, piece: str) -> None:
+        """Write the next piece of a text under its title."""
+        if not self._texts:
+            return
+        console = self._bar.console
+        if not self.has_shown_texts:
+            self._bar.stop()  # a bar would be drawn over the text
+            self.has_shown_texts = True
+        if title != self._title:
+            console.print(plain(title, "bold"), soft_wrap=True)
+            self._title = title
+        if piece:
+            console.file.write(printable_block(piece))
+            console.file.flush()
+        else:
+            console.print("\n")
+            self._title = None
 
 
 class _Work:

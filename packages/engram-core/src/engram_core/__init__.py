@@ -23,6 +23,7 @@ from engram_core.backbones import (
     ConvertSettings,
     DemonstratingBackbone,
     DemoReport,
+    EvaluatingBackbone,
     Generated,
     GenerateReport,
     GeneratingBackbone,
@@ -55,7 +56,9 @@ from engram_core.hashing import NgramHash
 from engram_core.layout import StreamTable
 from engram_core.manifest import Manifest, StreamSpec
 from engram_core.matcher import NO_MATCHES, Matcher, Matches, TokenIds
+from engram_core.memory import HashedMemory, MemoryRecord, MemorySettings, open_memory, write_memory
 from engram_core.merge import MergeReport, extract_concepts, extract_file, merge_adapters, merge_files
+from engram_core.opening import open_any
 from engram_core.registry import (
     CONTEXTS,
     DEFAULT_MAX_NGRAM,
@@ -64,6 +67,7 @@ from engram_core.registry import (
     Variant,
     build_registry,
 )
+from engram_core.reports import EvaluateReport, GeneratedText, Measure, TextReport, UsedAdapter
 from engram_core.residual import Edit, Editor, Residual
 from engram_core.tokenizer import StreamTokenizer, TokenizerSpec, fingerprint_tokenizer, wrap_tokenizer
 
@@ -95,10 +99,14 @@ __all__ = [
     "Edit",
     "Editor",
     "EngramError",
+    "EvaluateReport",
+    "EvaluatingBackbone",
     "Firing",
     "GenerateReport",
     "Generated",
+    "GeneratedText",
     "GeneratingBackbone",
+    "HashedMemory",
     "IncompatibleAdaptersError",
     "InputError",
     "InstalledBackbone",
@@ -106,6 +114,9 @@ __all__ = [
     "Manifest",
     "Matcher",
     "Matches",
+    "Measure",
+    "MemoryRecord",
+    "MemorySettings",
     "MergeReport",
     "MissingSettingsError",
     "NgramHash",
@@ -123,12 +134,14 @@ __all__ = [
     "StreamTable",
     "StreamTokenizer",
     "TargetExistsError",
+    "TextReport",
     "TokenIds",
     "TokenizerSpec",
     "TrainReport",
     "TrainingBackbone",
     "TrainingError",
     "TriggerError",
+    "UsedAdapter",
     "Variant",
     "VectorType",
     "Watcher",
@@ -146,5 +159,8 @@ __all__ = [
     "merge_adapters",
     "merge_files",
     "open_adapter",
+    "open_any",
+    "open_memory",
     "wrap_tokenizer",
+    "write_memory",
 ]

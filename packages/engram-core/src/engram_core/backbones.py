@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from engram_core.adapter import Adapter
 from engram_core.concept import Rule
 from engram_core.errors import BackboneLoadError, BackboneNotFoundError
+from engram_core.memory import HashedMemory
+from engram_core.reports import EvaluateReport, TextReport
 from engram_core.tokenizer import StreamTokenizer
 
 if TYPE_CHECKING:
@@ -56,10 +58,13 @@ class ConvertSettings:
 
     Attributes:
         model: hub id or folder of the base model, for its tokenizers.
-        name: name of the concept.
-        trigger: the phrase it was trained with.
-        max_ngram: N of its registration.
-        rule: how its vectors become residuals.
+        name: name of the concept or memory.
+        trigger: the phrase a concept was trained with.
+        max_ngram: N, of a concept's registration or of a hashed memory.
+        rule: how a concept's vectors become residuals.
+        license: licence of a hashed memory.
+        pad_id: token id that stands left of the text for a hashed memory.
+        hash_seed: seed of a hashed memory's hash.
     """
 
     model: str | None = None
@@ -67,13 +72,16 @@ class ConvertSettings:
     trigger: str | None = None
     max_ngram: int | None = None
     rule: Rule | None = None
+    license: str | None = None
+    pad_id: int | None = None
+    hash_seed: int | None = None
 
 
 @runtime_checkable
 class ConvertingBackbone(Backbone, Protocol):
     """A backbone that can import checkpoints of other tools."""
 
-    def convert(self, source: Path, settings: ConvertSettings) -> Adapter:
+    def convert(self, source: Path, settings: ConvertSettings) -> Adapter | HashedMemory:
         """Return a foreign checkpoint as an adapter.
 
         Args:
@@ -103,6 +111,9 @@ class Watcher:
 
     def note(self, message: str) -> None:
         """Tell what the user should know but did not ask for; one line."""
+
+    def text(self, title: str, piece: str) -> None:
+        """Hear the next piece of the text `title` while it is generated; an empty piece ends it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,13 +222,43 @@ class GeneratingBackbone(Backbone, Protocol):
         """Return settings that suit a model better than the class's own defaults; usually none."""
         ...
 
-    def generate(self, settings: Any, *, overwrite: bool = False, watcher: Watcher | None = None) -> GenerateReport:
-        """Generate and write files.
+    def generate(
+        self, settings: Any, *, overwrite: bool = False, watcher: Watcher | None = None
+    ) -> GenerateReport | TextReport:
+        """Generate files, or texts.
 
         Args:
             settings: an instance of `generate_settings`.
             overwrite: replace files of the same names.
             watcher: hears how it goes, and notes about triggers that do not fire.
+
+        Raises:
+            EngramError: anything the user can mend.
+        """
+        ...
+
+
+@runtime_checkable
+class EvaluatingBackbone(Backbone, Protocol):
+    """A backbone that can measure what adapters change.
+
+    Attributes:
+        evaluate_settings: the settings class; as with `train_settings` without torch.
+    """
+
+    evaluate_settings: type[Any]
+
+    def default_evaluate_settings(self, model: str) -> Mapping[str, Any]:
+        """Return settings that suit a model better than the class's own defaults; usually none."""
+        ...
+
+    def evaluate(self, settings: Any, *, overwrite: bool = False, watcher: Watcher | None = None) -> EvaluateReport:
+        """Measure the base model, and the model with adapters.
+
+        Args:
+            settings: an instance of `evaluate_settings`.
+            overwrite: replace a file of the same name.
+            watcher: hears how it goes.
 
         Raises:
             EngramError: anything the user can mend.

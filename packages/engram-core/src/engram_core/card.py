@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import string
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,22 +19,23 @@ import numpy as np
 
 from engram_core.adapter import Adapter
 from engram_core.concept import ConceptRecord
+from engram_core.manifest import Manifest
+from engram_core.markdown import clean_text, make_table, quote_text, show_code, show_text, show_value
+from engram_core.memory import MEMORY_KIND, HashedMemory
 
 __all__ = ["CARD_MARK", "is_repo_id", "render_card"]
 
 CARD_MARK = "<!-- Written by engram push, which replaces it; delete this line to keep a card of your own. -->"
 """Stands in every card written here, so that a card that somebody else wrote is recognised."""
 
+_INSTALL = (
+    "Install engram from a checkout of its repository. Projects named engram, engram-core and engram-cli on the "
+    "public package index are unrelated to it."
+)
 _LISTED = 50  # concepts in the table
 _LICENCES = 20
 _RECIPES = 5  # groups of concepts that were trained alike
 _SETTINGS = 40
-_LONGEST = 200  # characters of a free-form text
-
-# Characters that begin no markup where they stand here, in the middle of a line.
-_PLAIN = " .,-+'/"
-_REFERENCES = {ord(sign): f"&#{ord(sign)};" for sign in string.punctuation if sign not in _PLAIN}
-_INNER_UNDERSCORE = re.compile(r"(?<=[A-Za-z0-9])&#95;(?=[A-Za-z0-9])")  # emphasis needs one at the edge of a word
 
 # The hub's rule for names of repositories (huggingface_hub, `validate_repo_id`).
 _REPO_ID = re.compile(r"\b[\w\-.]{1,96}\b/\b[\w\-.]{1,96}\b", re.ASCII)
@@ -91,7 +91,7 @@ def is_repo_id(text: str) -> bool:
 
 
 def render_card(
-    adapter: Adapter,
+    adapter: Adapter | HashedMemory,
     *,
     repo_id: str,
     license: str | None = None,  # noqa: A002 - as the record and the hub call it
@@ -101,42 +101,46 @@ def render_card(
     """Return the model card of an adapter.
 
     Args:
-        adapter: the adapter; all of it is read, for its identity.
+        adapter: the adapter, concepts or a hashed memory; all of it is read, for its identity.
         repo_id: where it will be, `owner/name`.
-        license: licence of the repository; None means the one that all concepts state. Where they state several,
-            or none, the card says so.
+        license: licence of the repository; None means the one that all concepts, or the memory, state. Where they
+            state several, or none, the card says so.
         preview: path of a picture in the repository.
         description: Markdown of the publisher, inserted as it is.
 
     Returns:
         The text of README.md. It holds `CARD_MARK`.
     """
-    records: list[ConceptRecord] = []
+    manifest = adapter.manifest
+    use = _USES.get(manifest.backbone)
     stated: Counter[str | None] = Counter()
-    n_spans = 0
-    for record in adapter.records():
-        if len(records) < _LISTED:
-            records.append(record)
-        stated[_clean(record.license or "").strip() or None] += 1
-        n_spans += record.activation == "spans"
-    use = _USES.get(adapter.manifest.backbone)
+    trigger = None
+    if isinstance(adapter, HashedMemory):
+        stated[_stated(adapter.record.license)] += 1
+        kind, body, training = MEMORY_KIND, _describe_memory(adapter, repo_id), _list_settings(adapter.record.training)
+    else:
+        records: list[ConceptRecord] = []
+        n_spans = 0
+        for record in adapter.records():
+            if len(records) < _LISTED:
+                records.append(record)
+            stated[_stated(record.license)] += 1
+            n_spans += record.activation == "spans"
+        if len(adapter) == 1 and use is not None and use.pipeline is not None:
+            trigger = records[0].trigger  # the hub shows it
+        kind, body = "concept-table", _describe_table(adapter, records, n_spans, repo_id, use)
+        training = _list_training(records, len(adapter))
     sections = [
-        _front_matter(adapter, records, use, _settle_license(license, stated)),
+        _front_matter(manifest, kind, use, _settle_license(license, stated), trigger),
         CARD_MARK,
-        f"# {_text(repo_id.rpartition('/')[2])}",
+        f"# {show_text(repo_id.rpartition('/')[2])}",
         *([description.strip()] if description and description.strip() else []),
         *([f"![Preview]({quote_url(preview)})"] if preview else []),
-        _describe_kind(adapter),
-        "## Triggers",
-        _list_triggers(adapter, records),
-        "## Without a trigger",
-        _describe_locality(len(adapter), n_spans),
-        "## Use",
-        *_show_use(adapter, repo_id, records[0], use),
+        *body,
         "## Base model",
-        _describe_base(adapter),
+        _describe_base(manifest),
         "## Training",
-        *_list_training(records, len(adapter)),
+        *training,
         "## Licence",
         *_list_licences(license, stated),
         "## File",
@@ -145,25 +149,28 @@ def render_card(
     return "\n\n".join(sections) + "\n"
 
 
-def _front_matter(adapter: Adapter, records: Sequence[ConceptRecord], use: _Use | None, license: str | None) -> str:  # noqa: A002
-    manifest = adapter.manifest
+def _stated(license: str | None) -> str | None:  # noqa: A002
+    return clean_text(license or "").strip() or None
+
+
+def _front_matter(manifest: Manifest, kind: str, use: _Use | None, license: str | None, trigger: str | None) -> str:  # noqa: A002
     fields: dict[str, str | list[str]] = _license_fields(license)
     if is_repo_id(manifest.base_model):  # the hub refuses what cannot be a repository
         fields |= {"base_model": manifest.base_model, "base_model_relation": "adapter"}
     fields["library_name"] = "engram"
-    tags = ["engram", "concept-table", manifest.backbone]
+    tags = ["engram", kind, manifest.backbone]
     if use is not None:
         fields["pipeline_tag"] = use.task
         tags.append(use.task)
-        if len(adapter) == 1 and use.pipeline is not None:  # the hub shows it as the trigger
-            fields["instance_prompt"] = _clean(records[0].trigger)
+    if trigger is not None:
+        fields["instance_prompt"] = clean_text(trigger)
     fields["tags"] = tags
     lines = []
     for name, value in fields.items():
         if isinstance(value, str):
-            lines.append(f"{name}: {_quoted(value)}")
+            lines.append(f"{name}: {quote_text(value)}")
         else:
-            lines += [f"{name}:", *(f"  - {_quoted(item)}" for item in value)]
+            lines += [f"{name}:", *(f"  - {quote_text(item)}" for item in value)]
     return "\n".join(["---", *lines, "---"])
 
 
@@ -184,10 +191,22 @@ def _license_fields(license: str | None) -> dict[str, str | list[str]]:  # noqa:
     return {"license": "other", "license_name": slug[:64] or "custom"}
 
 
+def _describe_table(
+    adapter: Adapter, records: Sequence[ConceptRecord], n_spans: int, repo_id: str, use: _Use | None
+) -> Iterable[str]:
+    yield _describe_kind(adapter)
+    yield "## Triggers"
+    yield _list_triggers(adapter, records)
+    yield "## Without a trigger"
+    yield _describe_locality(len(adapter), n_spans)
+    yield "## Use"
+    yield from _show_use(adapter, repo_id, records[0], use)
+
+
 def _describe_kind(adapter: Adapter) -> str:
     what = "one concept" if len(adapter) == 1 else f"{len(adapter):,} concepts"
     return (
-        f"An engram adapter with {what} for {_text(adapter.manifest.backbone)}. It teaches a frozen generator "
+        f"An engram adapter with {what} for {show_text(adapter.manifest.backbone)}. It teaches a frozen generator "
         "something new without changing its weights: where a trigger stands in the prompt, learned vectors are added "
         "to the text states at those tokens, and nowhere else."
     )
@@ -195,11 +214,11 @@ def _describe_kind(adapter: Adapter) -> str:
 
 def _list_triggers(adapter: Adapter, records: Sequence[ConceptRecord]) -> str:
     counts = {name: np.bincount(table.concept, minlength=len(adapter)) for name, table in adapter.streams.items()}
-    header = ["concept", "trigger", "rule", "activation", *(f"entries in {_text(name)}" for name in counts)]
+    header = ["concept", "trigger", "rule", "activation", *(f"entries in {show_text(name)}" for name in counts)]
     rows = [
         [
-            _text(record.name),
-            _code(record.trigger),
+            show_text(record.name),
+            show_code(record.trigger),
             record.rule,
             record.activation,
             *(f"{int(count[index]):,}" for count in counts.values()),
@@ -207,7 +226,7 @@ def _list_triggers(adapter: Adapter, records: Sequence[ConceptRecord]) -> str:
         for index, record in enumerate(records)
     ]
     more = len(adapter) - len(records)
-    return _table(header, rows) + (f"\n\nand {more:,} more; `engram inspect --limit 0` lists all." if more else "")
+    return make_table(header, rows) + (f"\n\nand {more:,} more; `engram inspect --limit 0` lists all." if more else "")
 
 
 def _describe_locality(n_concepts: int, n_spans: int) -> str:
@@ -227,7 +246,7 @@ def _describe_locality(n_concepts: int, n_spans: int) -> str:
 
 
 def _show_use(adapter: Adapter, repo_id: str, record: ConceptRecord, use: _Use | None) -> Iterable[str]:
-    manifest, prompt = adapter.manifest, _clean(record.trigger)
+    manifest, prompt = adapter.manifest, clean_text(record.trigger)
     if use is not None and use.pipeline is not None:
         known = is_repo_id(manifest.base_model)
         model = manifest.base_model if known else "path/to/the/base/model"
@@ -237,9 +256,9 @@ def _show_use(adapter: Adapter, repo_id: str, record: ConceptRecord, use: _Use |
                 f"from diffusers import {use.pipeline}",
                 "from engram_vision import load_engram, unload_engrams",
                 "",
-                f"pipeline = {use.pipeline}.from_pretrained({_quoted(model)})",
-                f"load_engram(pipeline, {_quoted(repo_id)})",
-                f"result = pipeline({_quoted(prompt)}).images[0]",
+                f"pipeline = {use.pipeline}.from_pretrained({quote_text(model)})",
+                f"load_engram(pipeline, {quote_text(repo_id)})",
+                f"result = pipeline({quote_text(prompt)}).images[0]",
                 "unload_engrams(pipeline)",
                 "```",
             ]
@@ -247,31 +266,66 @@ def _show_use(adapter: Adapter, repo_id: str, record: ConceptRecord, use: _Use |
         yield "On the command line:"
     words = ["engram", "generate", "--backbone", manifest.backbone, "--adapter", repo_id, "--prompt", prompt]
     yield "\n".join(["```sh", shlex.join(words), "```"])
+    yield _INSTALL
+
+
+def _describe_memory(memory: HashedMemory, repo_id: str) -> Iterable[str]:
+    settings, manifest = memory.settings, memory.manifest
+    layers = ", ".join(map(str, settings.layer_ids))
     yield (
-        "Install engram from a checkout of its repository. Projects named engram, engram-core and engram-cli on the "
-        "public package index are unrelated to it."
+        f"An engram adapter with a hashed memory of {memory.n_parameters():,} learned values for "
+        f"{show_text(manifest.backbone)}. It adapts a frozen language model without changing its weights: n-grams of "
+        f"the tokens read so far address learned vectors, which are added to the hidden states before decoder layers "
+        f"{layers}, as far as gates open."
     )
+    yield "## Settings"
+    rows = [[show_text(name), show_text(show_value(value))] for name, value in sorted(settings.to_json().items())]
+    yield make_table(["setting", "value"], rows)
+    yield (
+        "It acts on every text; there is no trigger. After unloading, the model is as it was. Several memories act "
+        "side by side: load each."
+    )
+    yield "## Use"
+    model = manifest.base_model if is_repo_id(manifest.base_model) else "path/to/the/base/model"
+    yield "\n".join(
+        [
+            "```python",
+            "from engram_llm import load_memory, unload_memories",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f"model = AutoModelForCausalLM.from_pretrained({quote_text(model)})",
+            f"tokenizer = AutoTokenizer.from_pretrained({quote_text(model)})",
+            f"load_memory(model, {quote_text(repo_id)}, tokenizer=tokenizer)",
+            'inputs = tokenizer("Once upon a time", return_tensors="pt")',
+            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))",
+            "unload_memories(model)",
+            "```",
+        ]
+    )
+    yield "On the command line:"
+    words = ["engram", "generate", "--backbone", manifest.backbone, "--adapter", repo_id]
+    yield "\n".join(["```sh", shlex.join([*words, "--prompt", "Once upon a time", "--compare"]), "```"])
+    yield _INSTALL
 
 
-def _describe_base(adapter: Adapter) -> str:
-    manifest = adapter.manifest
-    name = _text(manifest.base_model)
+def _describe_base(manifest: Manifest) -> str:
+    name = show_text(manifest.base_model)
     if is_repo_id(manifest.base_model):
         name = f"[{name}](https://huggingface.co/{manifest.base_model})"
-    lines = [f"- trained on {name}, backbone {_text(manifest.backbone)}"]
+    lines = [f"- trained on {name}, backbone {show_text(manifest.backbone)}"]
     if manifest.base_fingerprint is not None:
         lines.append(f"- fingerprint of its weights: `{manifest.base_fingerprint}`")
     rows = [
         [
-            _text(name),
+            show_text(name),
             str(spec.width),
-            _text(spec.site),
-            _text(spec.tokenizer.class_name),
+            show_text(spec.site),
+            show_text(spec.tokenizer.class_name),
             f"{spec.tokenizer.vocab_size:,}",
         ]
         for name, spec in manifest.streams.items()
     ]
-    return "\n".join(lines) + "\n\n" + _table(["stream", "width", "site", "tokenizer", "vocabulary"], rows)
+    return "\n".join(lines) + "\n\n" + make_table(["stream", "width", "site", "tokenizer", "vocabulary"], rows)
 
 
 def _list_training(records: Sequence[ConceptRecord], n_concepts: int) -> Iterable[str]:
@@ -283,71 +337,39 @@ def _list_training(records: Sequence[ConceptRecord], n_concepts: int) -> Iterabl
     for training, names in list(recipes.values())[:_RECIPES]:
         if len(recipes) > 1 or len(records) < n_concepts:
             few, more = names[:_RECIPES], len(names) - _RECIPES
-            yield f"Settings of {', '.join(map(_text, few))}" + (f" and {more} more:" if more > 0 else ":")
-        if not training:
-            yield "The file records no settings."
-            continue
-        rows = [[_text(name), _text(_show_value(value))] for name, value in sorted(training.items())[:_SETTINGS]]
-        left = len(training) - len(rows)
-        yield _table(["setting", "value"], rows) + (f"\n\nand {left} more in the file." if left else "")
+            yield f"Settings of {', '.join(map(show_text, few))}" + (f" and {more} more:" if more > 0 else ":")
+        yield from _list_settings(training)
     others = len(recipes) - _RECIPES
     if others > 0 or len(records) < n_concepts:
         yield "`engram inspect --json` shows the settings of every concept."
 
 
+def _list_settings(training: Mapping[str, Any]) -> Iterable[str]:
+    if not training:
+        yield "The file records no settings."
+        return
+    rows = [[show_text(name), show_text(show_value(value))] for name, value in sorted(training.items())[:_SETTINGS]]
+    left = len(training) - len(rows)
+    yield make_table(["setting", "value"], rows) + (f"\n\nand {left} more in the file." if left else "")
+
+
 def _list_licences(given: str | None, stated: Counter[str | None]) -> Iterable[str]:
     if given is not None:
-        yield f"Stated by the publisher: {_text(given)}"
+        yield f"Stated by the publisher: {show_text(given)}"
     if list(stated) == [None]:
         if given is None:
             yield "No licence was stated. Ask the publisher before you use the file."
     elif len(stated) == 1:
         (only,) = stated
         if only != given:
-            yield f"Stated in the file: {_text(only or '')}"
+            yield f"Stated in the file: {show_text(only or '')}"
     else:
         yield "The concepts in the file state licences of their own:"
         ordered = sorted(stated.items(), key=lambda item: (-item[1], item[0] or ""))
         lines = [
-            f"- {number:,} concept{'' if number == 1 else 's'}: {'none stated' if name is None else _text(name)}"
+            f"- {number:,} concept{'' if number == 1 else 's'}: {'none stated' if name is None else show_text(name)}"
             for name, number in ordered[:_LICENCES]
         ]
         more = len(ordered) - len(lines)
         yield "\n".join([*lines, *([f"- and {more:,} more licences"] if more else [])])
     yield "The base model has a licence of its own."
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _show_value(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
-
-
-def _clean(text: str) -> str:
-    """Return a text on one line, without characters that do not print."""
-    signs = (" " if sign.isspace() else sign for sign in text)
-    return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in signs)
-
-
-def _text(text: str) -> str:
-    """Return a stranger's text as Markdown that shows it; something else must begin the line."""
-    text = _clean(text)
-    if len(text) > _LONGEST:
-        text = text[: _LONGEST - 1] + "\N{HORIZONTAL ELLIPSIS}"
-    return _INNER_UNDERSCORE.sub("_", text.translate(_REFERENCES))
-
-
-def _code(text: str) -> str:
-    """Return a stranger's text as Markdown that shows it as code, in full: it is there to be copied.
-
-    Between backticks character references would not be read, and a table would still be cut at each pipe.
-    """
-    return f"<code>{_clean(text).translate(_REFERENCES)}</code>"
-
-
-def _quoted(text: str) -> str:
-    """Return a text as a string of YAML as well as of Python."""
-    return json.dumps(_clean(text), ensure_ascii=False)

@@ -33,6 +33,9 @@ class NgramHash:
         compressed_vocab_size: number of compressed ids.
         compressed_pad_id: compressed id that stands left of the text.
         seed: seeds the multipliers.
+        n_ids: ids there are, when some tokens have ids beyond the compressed vocabulary; None means they have none.
+        oldest_first: engram-peft's order: multipliers go to the N newest tokens from the oldest on, so that an n-gram
+            with n < N ends N - n tokens before its position. The published order goes back from the newest.
     """
 
     engram_vocab_size: Sequence[int]
@@ -42,6 +45,8 @@ class NgramHash:
     compressed_vocab_size: int
     compressed_pad_id: int
     seed: int = 0
+    n_ids: int | None = None
+    oldest_first: bool = False
 
     def __post_init__(self) -> None:
         """Check the settings; raises InputError."""
@@ -54,10 +59,12 @@ class NgramHash:
             raise InputError("engram_vocab_size and n_head_per_ngram must be positive")
         if len(set(self.layer_ids)) != len(self.layer_ids) or not self.layer_ids or min(self.layer_ids) < 0:
             raise InputError(f"layer_ids {list(self.layer_ids)} must be distinct, not negative, and at least one")
-        if not 0 <= self.compressed_pad_id < self.compressed_vocab_size:
-            raise InputError(
-                f"compressed_pad_id {self.compressed_pad_id} is outside 0..{self.compressed_vocab_size - 1}"
-            )
+        if not 0 <= self.compressed_pad_id < self._n_ids:
+            raise InputError(f"compressed_pad_id {self.compressed_pad_id} is outside 0..{self._n_ids - 1}")
+
+    @property
+    def _n_ids(self) -> int:
+        return self.compressed_vocab_size if self.n_ids is None else self.n_ids
 
     @cached_property
     def multipliers(self) -> Mapping[int, Ints]:
@@ -77,16 +84,18 @@ class NgramHash:
         """Layer to its table sizes, int64 [N-1, H]: primes, unique across the model."""
         taken: set[int] = set()
         tables: dict[int, Ints] = {}
+        begin = {size: size for size in self.engram_vocab_size}  # no prime from the size up to here is left
         for layer in self.layer_ids:
             rows = []
             for size in self.engram_vocab_size:
-                candidate = size
+                candidate = begin[size]
                 row: list[int] = []
                 while len(row) < self.n_head_per_ngram:
                     if candidate not in taken and is_prime(candidate):
                         taken.add(candidate)
                         row.append(candidate)
                     candidate += 1
+                begin[size] = candidate
                 rows.append(row)
             tables[layer] = np.array(rows, np.int64)
         return tables
@@ -109,19 +118,22 @@ class NgramHash:
             raise InputError(f"ids are {tokens.dtype} with {tokens.ndim} axes, expected integers [B, L]")
         if layer not in self.layer_ids:
             raise InputError(f"layer {layer} has no memory; layers {list(self.layer_ids)} have")
-        if tokens.size and not (tokens.min() >= 0 and tokens.max() < self.compressed_vocab_size):
-            raise InputError(
-                f"ids reach from {tokens.min()} to {tokens.max()}, outside 0..{self.compressed_vocab_size - 1}"
-            )
+        if tokens.size and not (tokens.min() >= 0 and tokens.max() < self._n_ids):
+            raise InputError(f"ids reach from {tokens.min()} to {tokens.max()}, outside 0..{self._n_ids - 1}")
         tokens = tokens.astype(np.int64)
         multipliers, primes = self.multipliers[layer], self.primes[layer]
-        mix = tokens * multipliers[0]
-        parts = []
+        window = [tokens]
         for back in range(1, self.max_ngram_size):
             earlier = np.full_like(tokens, self.compressed_pad_id)
             earlier[:, back:] = tokens[:, : max(0, tokens.shape[1] - back)]
-            mix = mix ^ (earlier * multipliers[back])
-            parts.append(mix[:, :, None] % primes[back - 1])
+            window.append(earlier)
+        if self.oldest_first:
+            window.reverse()
+        mix = window[0] * multipliers[0]
+        parts = []
+        for place in range(1, self.max_ngram_size):
+            mix = mix ^ (window[place] * multipliers[place])
+            parts.append(mix[:, :, None] % primes[place - 1])
         return np.concatenate(parts, axis=2)
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from engram_core.adapter import open_adapter
 from engram_core.card import CARD_MARK, is_repo_id, render_card
 from engram_core.errors import InputError, quote
 from engram_core.manifest import is_printable_name
+from engram_core.opening import open_any
 
 __all__ = [
     "ADAPTER_FILE",
@@ -130,7 +130,7 @@ def prepare_upload(
             "leave it out to take the concepts' own"
         )
     picture = None if preview is None else f"preview{_picture_suffix(preview)}"
-    adapter = open_adapter(path)
+    adapter = open_any(path)
     adapter.check()
     card = render_card(adapter, repo_id=repo_id, license=license, preview=picture, description=description)
     # A surrogate, which only a description can hold, is no UTF-8.

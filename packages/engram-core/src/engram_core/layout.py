@@ -25,6 +25,7 @@ from engram_core.storage import CONTAINER_NAMES, decode_vectors, encode_vectors,
 FORMAT = "engram"
 FORMAT_VERSION = "1"
 KIND = "concept-table"
+_OPENERS = {KIND: "open_adapter", "hashed-memory": "open_memory"}
 
 RECORDS, RECORD_OFFSETS = "concepts.json", "concepts.offsets"
 
@@ -159,20 +160,26 @@ def read_manifest(container: Container) -> Manifest:
     Raises:
         AdapterFormatError: not an adapter of this version, or a malformed manifest.
     """
+    check_metadata(container, KIND)
+    try:
+        return _parse_manifest(container.metadata.get("manifest", ""))
+    except ValueError as error:
+        raise AdapterFormatError(f"{container.label}: manifest: {error}") from None
+
+
+def check_metadata(container: Container, kind: str) -> None:
+    """Raise AdapterFormatError unless the header is that of an adapter of this version and kind."""
     metadata, label = container.metadata, container.label
-    for field, expected in (("format", FORMAT), ("format_version", FORMAT_VERSION), ("kind", KIND)):
+    for field, expected in (("format", FORMAT), ("format_version", FORMAT_VERSION), ("kind", kind)):
         value = metadata.get(field)
         if value is None:
             raise AdapterFormatError(f"{label}: header lacks the field {field!r}; it is not an engram adapter")
         if value != expected:
-            raise AdapterFormatError(f"{label}: {field} is {quote(value)}, this version reads {expected!r}")
+            hint = f"; {_OPENERS[value]} opens it" if field == "kind" and value in _OPENERS else ""
+            raise AdapterFormatError(f"{label}: {field} is {quote(value)}, what is used here reads {expected!r}{hint}")
     unknown = metadata.keys() - {"format", "format_version", "kind", "manifest"}
     if unknown:
         raise AdapterFormatError(f"{label}: header has an unknown field {quote(min(unknown))}")
-    try:
-        return _parse_manifest(metadata.get("manifest", ""))
-    except ValueError as error:
-        raise AdapterFormatError(f"{label}: manifest: {error}") from None
 
 
 @lru_cache(maxsize=64)  # merging opens thousands of files that say the same

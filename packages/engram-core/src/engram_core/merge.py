@@ -17,12 +17,14 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from engram_core.adapter import Adapter, open_adapter
+from engram_core.adapter import Adapter
 from engram_core.conflicts import Member, OnConflict, Pool
 from engram_core.container import ContainerWriter, open_target
 from engram_core.errors import AdapterReadError, InputError
 from engram_core.layout import pack_metadata, pack_offsets
 from engram_core.manifest import Manifest
+from engram_core.memory import HashedMemory
+from engram_core.opening import open_any, open_tables, refuse_memories
 from engram_core.parts import Part, PartColumn, PartStream, join_manifests, load_parts
 from engram_core.storage import CONTAINER_NAMES, STORED_TYPES, decode_vectors, encode_vectors, widest
 
@@ -52,10 +54,11 @@ def merge_adapters(adapters: Sequence[Adapter], *, on_conflict: OnConflict = "er
 
     Raises:
         InputError: no adapter.
-        IncompatibleAdaptersError: they belong to different backbones, base models, tokenizers or widths.
+        IncompatibleAdaptersError: they belong to different backbones, base models, tokenizers, widths or kinds.
         ConflictError: concepts contradict each other and `on_conflict` is `error`.
         AdapterFormatError: one of them is malformed.
     """
+    refuse_memories(adapters)
     parts = load_parts(adapters)
     buffer = io.BytesIO()
     _merge(parts, buffer, on_conflict, None)
@@ -85,7 +88,7 @@ def merge_files(
         for path in paths:  # one file named twice is one source
             # No file has a null byte in its path: opening it says so, while realpath would raise ValueError.
             seen.setdefault(os.fspath(path) if "\0" in str(path) else os.path.realpath(path), path)
-        return _merge(load_parts(map(open_adapter, seen.values())), stream, on_conflict, progress)
+        return _merge(load_parts(open_tables(list(seen.values()))), stream, on_conflict, progress)
 
 
 def extract_concepts(adapter: Adapter, names: Sequence[str]) -> Adapter:
@@ -113,10 +116,17 @@ def extract_file(
     Raises:
         TargetExistsError: the target exists and `overwrite` is false.
         ConceptNotFoundError: the source lacks one of the names.
+        InputError: the source is a hashed memory, which has no concepts.
         AdapterReadError, AdapterFormatError, AdapterWriteError: a file cannot be used.
     """
     with open_target(target, overwrite=overwrite) as stream:
-        _extract(open_adapter(source), names, stream, progress)
+        opened = open_any(source)
+        if isinstance(opened, HashedMemory):
+            raise InputError(
+                f"{opened.label}: is a hashed memory, which has no concepts to extract; use it as it is, "
+                f"e.g. engram generate -a {opened.label}"
+            )
+        _extract(opened, names, stream, progress)
 
 
 def _merge(parts: list[Part], target: BinaryIO, on_conflict: OnConflict, progress: Progress | None) -> MergeReport:

@@ -1,7 +1,7 @@
-"""Commands that a backbone must offer and none of this version's does: data and eval.
+"""The command that a backbone must offer and none of this version's does: data.
 
-They exist so that the error is about the backbone and not about an unknown command, and so that a typo in
-the backbone's name is noticed; they pretend nothing and exit with status 1.
+It exists so that the error is about the backbone and not about an unknown command, and so that a typo in the backbone's
+name is noticed; it pretends nothing and exits with status 1.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import typer
 
 from engram_cli.options import Backbone
 
-ABILITIES = {"data": "prepare training data", "eval": "evaluate an adapter"}
+ABILITIES = {"data": "prepare training data"}
 
 
 def register(app: typer.Typer) -> None:

@@ -1,4 +1,4 @@
-"""`engram generate`: pictures or clips of a base model, with adapters or without."""
+"""`engram generate`: pictures, clips or texts of a base model, with adapters or without."""
 
 from __future__ import annotations
 
@@ -10,14 +10,21 @@ import typer
 from engram_cli.options import AsJson, Assignments, Backbone, Config, Force, GroupedCommand
 from engram_cli.settings_files import parse_value
 
-_WHAT, _ADAPTERS, _HOW, _MODEL = "What to generate", "Adapters", "Sampling", "The frozen model"
+_WHAT, _ADAPTERS, _HOW, _TEXT, _MODEL = (
+    "What to generate",
+    "Adapters",
+    "Sampling of pictures",
+    "Sampling of texts",
+    "The frozen model",
+)
 
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command(
         cls=GroupedCommand,
-        epilog="Example: engram generate -a aldric.safetensors -p 'a photo of Aldric Vortex-9 CyberNebula' --compare",
+        epilog="Examples: engram generate -a aldric.safetensors -p 'a photo of Aldric Vortex-9 CyberNebula' --compare "
+        " |  engram generate --backbone qwen3 --adapter biomedicine.safetensors --prompt 'Sepsis is' --compare",
     )(generate)
 
 
@@ -37,14 +44,20 @@ def generate(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FOLDER", help="Folder to write to.", rich_help_panel=_WHAT),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="PATH",
+            help="Folder to write pictures to; JSONL file for texts, which are shown anyway.",
+            rich_help_panel=_WHAT,
+        ),
     ] = None,
     compare: Annotated[
         bool | None,
-        typer.Option(help="Also generate without adapters, and write a labelled grid.", rich_help_panel=_WHAT),
+        typer.Option(help="Also generate without adapters, and show both side by side.", rich_help_panel=_WHAT),
     ] = None,
     grid: Annotated[
-        bool | None, typer.Option(help="Write the labelled grid without comparing.", rich_help_panel=_WHAT)
+        bool | None, typer.Option(help="Write a grid of all pictures without comparing.", rich_help_panel=_WHAT)
     ] = None,
     adapters: Annotated[
         list[str] | None,
@@ -61,7 +74,7 @@ def generate(
         typer.Option(
             "--strength",
             metavar="[NAME=]X",
-            help="Strength of one concept, or of all. Repeatable.",
+            help="Strength of one concept or memory, or of all. Repeatable.",
             rich_help_panel=_ADAPTERS,
         ),
     ] = None,
@@ -81,7 +94,19 @@ def generate(
             parser=parse_value, metavar="PIXELS", help="Height; `none` is the model's own.", rich_help_panel=_HOW
         ),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Generated at once.", rich_help_panel=_HOW)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Generated at once.", rich_help_panel=_WHAT)] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Tokens to generate at most.", rich_help_panel=_TEXT)
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Randomness; 0 takes the likeliest token.", rich_help_panel=_TEXT)
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample among the likeliest tokens of this share.", rich_help_panel=_TEXT)
+    ] = None,
+    chat: Annotated[
+        bool | None, typer.Option(help="Put prompts into the model's chat template.", rich_help_panel=_TEXT)
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -113,7 +138,7 @@ def generate(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Generate with a base model and adapters, and write the files.
+    """Generate with a base model and adapters: pictures as files, texts on the terminal.
 
     Backbone and base model are the first adapter's, unless others are named.
     """
@@ -122,6 +147,7 @@ def generate(
     from engram_cli.choices import Choices
     from engram_cli.messages import printable, show, show_json
     from engram_cli.watchers import watching
+    from engram_core import TextReport
     from engram_core.settings import Layer
 
     choices = Choices(ctx, arguments)
@@ -131,6 +157,11 @@ def generate(
     settings = choices.settings(family, models[:1])
     with watching(as_json=as_json) as watcher:
         report = family.generate(settings, overwrite=force, watcher=watcher)
+    if isinstance(report, TextReport):
+        from engram_cli.texts import show_texts
+
+        show_texts(report, shown=watcher.has_shown_texts, as_json=as_json)
+        return
     if as_json:
         show_json(
             {

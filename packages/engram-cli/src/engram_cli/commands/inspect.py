@@ -41,7 +41,7 @@ def inspect(
     limit: Annotated[int, typer.Option(min=0, help="Concepts to list; 0 lists all.")] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result for scripts.")] = False,
 ) -> None:
-    """Show backbone, streams, sizes, concepts and identity of an adapter, after checking every byte of it.
+    """Show backbone, streams, sizes, concepts or memory, and identity of an adapter, after checking every byte of it.
 
     Given several adapters, list every conflict that a merge would meet.
     """
@@ -51,7 +51,7 @@ def inspect(
     gc.disable()
     from engram_cli import overview
     from engram_cli.adapters import find_file
-    from engram_core import open_adapter
+    from engram_core import HashedMemory, InputError, open_any
 
     gc.enable()
     if prompt and against is not None:
@@ -59,9 +59,21 @@ def inspect(
     if len(files) > 1:
         if prompt or against is not None:
             raise typer.BadParameter("--prompt and --against take one adapter; merge them first", param_hint="FILES")
-        overview.show_conflicts([open_adapter(find_file(file)) for file in files], as_json=as_json)
+        from engram_core.opening import open_tables
+
+        overview.show_conflicts(list(open_tables([find_file(file) for file in files])), as_json=as_json)
         return
-    adapter = open_adapter(find_file(files[0]))
+    adapter = open_any(find_file(files[0]))
+    if isinstance(adapter, HashedMemory):
+        from engram_cli.memories import show_memory
+
+        if prompt or against is not None:
+            raise InputError(
+                f"{adapter.label}: is a hashed memory, which has no trigger: it acts on every token; "
+                "engram eval measures what it changes"
+            )
+        show_memory(adapter, quick=quick, as_json=as_json)
+        return
     if not prompt and against is None:
         overview.show_adapter(adapter, quick=quick, limit=limit, as_json=as_json)
         return

@@ -18,7 +18,9 @@ def push(
     repository: Annotated[str, typer.Argument(help="Where to: OWNER/NAME on the hub.", show_default=False)],
     license_: Annotated[
         str | None,
-        typer.Option("--license", help="Licence of the repository.", show_default="what all concepts state"),
+        typer.Option(
+            "--license", help="Licence of the repository.", show_default="what all concepts, or the memory, state"
+        ),
     ] = None,
     preview: Annotated[
         Path | None, typer.Option(help="Picture for the card: PNG, JPEG or WebP.", show_default=False)

@@ -1,4 +1,4 @@
-"""`engram train`: a concept from pictures or clips to an adapter."""
+"""`engram train`: a concept from pictures or clips, or a memory from texts, to an adapter."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import typer
 from engram_cli.options import AsJson, Assignments, Backbone, Config, Force, GroupedCommand
 from engram_cli.settings_files import parse_value
 
-_CONCEPT, _MEMORY, _STEPS, _DATA, _MODEL, _WATCH, _RUN = (
-    "The concept",
+_CONCEPT, _MEMORY, _TEXTS, _STEPS, _DATA, _MODEL, _WATCH, _RUN = (
+    "What to learn",
     "Its memory",
+    "A language model's memory",
     "Optimisation",
     "Training data",
     "The frozen model",
@@ -25,15 +26,19 @@ def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command(
         cls=GroupedCommand,
-        epilog="Example: engram train --backbone sd15 --data pictures --trigger 'Aldric Vortex-9 CyberNebula' "
-        "-o aldric.safetensors",
+        epilog="Examples: engram train --backbone sd15 --data pictures --trigger 'Aldric Vortex-9 CyberNebula' "
+        "-o aldric.safetensors  |  engram train --backbone qwen3 --data biomedicine.jsonl -o biomedicine.safetensors",
     )(train)
 
 
 def train(
     ctx: typer.Context,
     data: Annotated[
-        Path | None, typer.Option(help="Folder of pictures or clips with captions.", rich_help_panel=_CONCEPT)
+        Path | None,
+        typer.Option(
+            help="Folder of pictures or clips with captions, or texts: a JSONL or Parquet file, or a folder of them.",
+            rich_help_panel=_CONCEPT,
+        ),
     ] = None,
     trigger: Annotated[
         str | None, typer.Option(help="Phrase that will recall the subject.", rich_help_panel=_CONCEPT)
@@ -43,10 +48,10 @@ def train(
     ] = None,
     name: Annotated[
         str | None,
-        typer.Option(help="Name of the concept.", show_default="the trigger", rich_help_panel=_CONCEPT),
+        typer.Option(help="What to call it.", show_default="the trigger, or the output", rich_help_panel=_CONCEPT),
     ] = None,
     license: Annotated[  # noqa: A002 - named as the setting is
-        str | None, typer.Option(help="Licence of the concept, kept in the file.", rich_help_panel=_CONCEPT)
+        str | None, typer.Option(help="Licence, kept in the file.", rich_help_panel=_CONCEPT)
     ] = None,
     model: Annotated[
         str | None,
@@ -124,6 +129,37 @@ def train(
     ] = None,
     init_scale: Annotated[
         float | None, typer.Option(help="First value of the scales.", rich_help_panel=_MEMORY)
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="What is trained: engram, a PEFT lora to compare with, or both.", rich_help_panel=_TEXTS),
+    ] = None,
+    layer_ids: Annotated[
+        list[int] | None,
+        typer.Option("--layer", help="Decoder layer before which a memory stands. Repeatable.", rich_help_panel=_TEXTS),
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Learning rate of all but tables.", rich_help_panel=_TEXTS)
+    ] = None,
+    table_rate: Annotated[
+        Any,
+        typer.Option(
+            parser=parse_value,
+            metavar="NUMBER",
+            help="Learning rate of tables; `none` is five times the other.",
+            rich_help_panel=_TEXTS,
+        ),
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of a sample.", rich_help_panel=_TEXTS)] = None,
+    packing: Annotated[
+        bool | None, typer.Option(help="Put several whole texts into one sample.", rich_help_panel=_TEXTS)
+    ] = None,
+    eval_data: Annotated[
+        Path | None,
+        typer.Option(help="Texts to validate on.", show_default="some of the training data", rich_help_panel=_TEXTS),
+    ] = None,
+    evaluate_every: Annotated[
+        int | None, typer.Option(help="Steps between validations; 0 never validates.", rich_help_panel=_TEXTS)
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps in all.", rich_help_panel=_STEPS)] = None,
     batch_size: Annotated[
@@ -204,7 +240,7 @@ def train(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a concept and write its adapter.
+    """Train a concept, or a language model's memory, and write its adapter.
 
     What is not given here comes from the file, then from the backbone's defaults. What is still missing is asked for.
     """

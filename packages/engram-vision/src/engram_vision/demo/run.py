@@ -22,6 +22,7 @@ from engram_core import (
 )
 from engram_core.container import open_target, write_all
 from engram_core.settings import Layer, resolve_settings
+from engram_core.training.metrics import read_metrics
 from engram_vision.backbone import ImageBackbone
 from engram_vision.dataset import read_dataset
 from engram_vision.demo.characters import DemoCharacter, read_characters
@@ -33,7 +34,6 @@ from engram_vision.demo.page import Character, Page, Reference, render_page
 from engram_vision.images import load_picture
 from engram_vision.models import load_pipeline
 from engram_vision.shipped import TINY, judge_folder
-from engram_vision.training.metrics import read_metrics
 from engram_vision.training.trainer import METRICS, train
 
 __all__ = ["run_demo"]

@@ -19,6 +19,9 @@ from torch import Tensor
 from engram_core import InputError, TargetExistsError, TrainingError, TrainReport, Watcher
 from engram_core.container import open_target, write_all
 from engram_core.settings import dump_settings
+from engram_core.training.interrupt import DeferredInterrupt
+from engram_core.training.metrics import MetricsFile
+from engram_core.training.schedule import rate_factor
 from engram_vision.drawing import Drawing, draw
 from engram_vision.generation import make_folder, save_png
 from engram_vision.loading import load_engram, unload_engrams
@@ -27,12 +30,9 @@ from engram_vision.settings import TrainSettings
 from engram_vision.shipped import TINY
 from engram_vision.training.batches import Batch, draw_batch, fixed_batches
 from engram_vision.training.frozen import FrozenData
-from engram_vision.training.interrupt import DeferredInterrupt
-from engram_vision.training.metrics import MetricsFile
 from engram_vision.training.objectives import make_objective
 from engram_vision.training.placement import Placement, peak_memory_mb, tell_memory
 from engram_vision.training.preparation import prepare, read_data
-from engram_vision.training.schedule import rate_factor
 from engram_vision.training.state import Progress, load_state, restore_optimizer, save_state
 
 __all__ = ["METRICS", "PREVIEWS", "SETTINGS", "STATE", "train"]

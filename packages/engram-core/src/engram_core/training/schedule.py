@@ -9,7 +9,7 @@ __all__ = ["rate_factor"]
 
 
 def rate_factor(step: int, *, steps: int, warm_up: int, schedule: Literal["linear", "cosine", "constant"]) -> float:
-    """Return the share of the peak rate for a step, 0 < f <= 1, as diffusers' schedules of these names.
+    """Return the share of the peak rate for a step, 0 < f <= 1, as schedules of these names in diffusers.
 
     Args:
         step: from 0.

@@ -1,0 +1,1 @@
+"""Training: the run, what learns in it, and what it keeps."""

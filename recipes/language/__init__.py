@@ -1,0 +1,1 @@
+"""TinyEngram's published experiments with language models, as commands here: docs/experiments-language.md."""
