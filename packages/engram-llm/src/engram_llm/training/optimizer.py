@@ -15,7 +15,7 @@ from engram_llm.settings import TrainSettings
 __all__ = ["DenseAndSparse", "clip_gradients", "make_optimizer", "optimizer_tensors", "restore_optimizer"]
 
 _ADAM_BETA1 = 0.9
-_TABLES_TO_DENSE = 5.0  # TinyEngram's scripts train tables at five times the rate of the rest
+_TABLES_TO_DENSE = 5.0  # as arXiv:2601.07372 and engram-peft do
 
 
 class DenseAndSparse(Optimizer):
