@@ -195,8 +195,9 @@ def test_bf16_keeps_its_bits(tmp_path):
     layers=st.lists(st.integers(0, 30), min_size=1, max_size=3, unique=True),
     dtype=st.sampled_from(["f32", "f16", "bf16"]),
     seed=st.integers(0, 2**63 - 1),
+    hashing=st.sampled_from(["published", "engram-peft"]),
 )
-def test_every_shape_can_be_written_and_read(n, heads, kernel, branches, bias, layers, dtype, seed):
+def test_every_shape_can_be_written_and_read(n, heads, kernel, branches, bias, layers, dtype, seed, hashing):
     settings = make_settings(
         max_ngram_size=n,
         engram_vocab_size=(7, 3, 12)[: n - 1],
@@ -207,6 +208,7 @@ def test_every_shape_can_be_written_and_read(n, heads, kernel, branches, bias, l
         bias=bias,
         layer_ids=layers,
         seed=seed,
+        hashing=hashing,
     )
     memory = build(settings, dtype)
     again = HashedMemory.from_bytes(memory.to_bytes())
@@ -475,6 +477,9 @@ HUGE = 1 << 62
         ("memory.seed", -1, "seed is -1"),
         ("memory.seed", 1 << 63, f"seed is {1 << 63}"),
         ("memory.seed", True, "memory.seed has the type bool"),
+        ("memory.hashing", "published", "memory has the field 'hashing' with the value 'published'; it is left out"),
+        ("memory.hashing", "other", "hashing is 'other', expected one of published, engram-peft"),
+        ("memory.hashing", 1, "memory.hashing has the type int"),
         ("memory.bias", 1, "memory.bias has the type int"),
         ("memory.bias", False, "unknown tensor 'layers.0.key_projs.0.bias'"),
         ("memory.max_ngram_size", 1, "max_ngram_size is 1, expected at least 2"),

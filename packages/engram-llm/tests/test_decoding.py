@@ -36,7 +36,7 @@ CACHES = {
     "made by the model": lambda model: None,
     "dynamic": lambda model: DynamicCache(config=model.config),
     "dynamic, layers made on the way": lambda model: DynamicCache(),
-    "static": lambda model: StaticCache(config=model.config, max_cache_len=40),
+    "static": lambda model: StaticCache(config=model.config, max_cache_len=60),
     "static, just long enough": lambda model: StaticCache(config=model.config, max_cache_len=30),
 }
 IDS = make_ids(2, 30)
@@ -89,7 +89,7 @@ def test_the_memory_matters(family, name):
 
 
 def test_token_by_token(loaded):
-    assert distance(in_chunks(loaded, IDS, [1] * 30), full(loaded, IDS)) <= EXACT
+    assert distance(in_chunks(loaded, IDS[:, :16], [1] * 16), full(loaded, IDS[:, :16])) <= EXACT
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
@@ -98,12 +98,11 @@ def test_a_prompt_and_then_chunks(loaded, cache):
 
 
 @pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("sizes", [CHUNKS, [30]], ids=["chunks", "whole"])
-def test_every_kind_of_cache(paired, cache, sizes):
-    assert distance(in_chunks(paired, IDS, sizes, CACHES[cache](paired)), full(paired, IDS)) <= EXACT
+def test_every_kind_of_cache(paired, cache):
+    assert distance(in_chunks(paired, IDS, CHUNKS, CACHES[cache](paired)), full(paired, IDS)) <= EXACT
 
 
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("cache", ["made by the model", "static"])
 def test_two_memories_side_by_side(with_two, cache):
     assert distance(in_chunks(with_two, IDS, CHUNKS, CACHES[cache](with_two)), full(with_two, IDS)) <= EXACT
 
@@ -193,10 +192,10 @@ def test_left_padded_rows_with_a_cache(paired, cache, sizes):
     check_rows(torch.cat(parts, dim=1), mask, [full(paired, row[None])[0] for row in ROWS])
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("family", UNWINDOWED)  # a window counts padding between tokens, with or without a memory
+# Not with windows in attention: they count padding between tokens, with or without a memory.
+@pytest.mark.parametrize(("family", "name"), [(UNWINDOWED[number % 2], name) for number, name in enumerate(SETTINGS)])
 @pytest.mark.parametrize(("cache", "sizes"), [("dynamic", [1, 1, 1, 4]), ("static", [1, 1, 4]), ("static", [5, 1, 1])])
-def test_decoding_goes_on_after_right_padded_prompts(name, family, cache, sizes):
+def test_decoding_goes_on_after_right_padded_prompts(family, name, cache, sizes):
     texts, lengths = [IDS[0], IDS[1]], [15, 6]
     with load(family, name) as model, torch.no_grad():
         expected = full(model, IDS)
@@ -248,8 +247,8 @@ def check_documents(model, logits, lengths=DOCUMENTS):
 
 
 @pytest.mark.parametrize("expanded", [True, False], ids=["for each row", "for all rows"])
-def test_packed_documents_are_apart(loaded, expanded):
-    check_documents(loaded, full(loaded, IDS, position_ids=packed(DOCUMENTS).expand(2 if expanded else 1, -1)))
+def test_packed_documents_are_apart(paired, expanded):
+    check_documents(paired, full(paired, IDS, position_ids=packed(DOCUMENTS).expand(2 if expanded else 1, -1)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -385,7 +384,7 @@ def test_a_cache_is_emptied_and_used_again(paired, cache):
     assert distance(in_chunks(paired, IDS, [7, 1, 22], cache), full(paired, IDS)) <= EXACT
 
 
-@pytest.mark.parametrize("cache", ["made by the model", "dynamic", "static"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_a_copy_of_a_cache_goes_its_own_way(paired, cache):
     with torch.no_grad():
         cache = paired(IDS[:, :13], past_key_values=CACHES[cache](paired)).past_key_values

@@ -1,5 +1,7 @@
 """Compiled models give what they give uncompiled, in as many graphs as without a memory."""
 
+import contextlib
+
 import pytest
 import torch
 from llm_builders import (
@@ -8,7 +10,9 @@ from llm_builders import (
     in_chunks,
     make_file,
     make_ids,
+    make_memory,
     make_model,
+    make_settings,
     memories,
     pad,
     positions_of,
@@ -26,8 +30,6 @@ EXACT = 1e-5
 IDS = make_ids(2, 30)
 CHUNKS = [9, 1, 1, 1, 4, 14]
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning")
-
 
 @pytest.fixture(autouse=True)
 def forget():
@@ -41,8 +43,20 @@ def counter():
     return CompileCounter()
 
 
-@pytest.fixture(params=["qwen3", pytest.param("gemma3", marks=pytest.mark.slow)])
+@contextlib.contextmanager
+def small():
+    """Two layers, which are compiled in half the time."""
+    memory = make_memory(make_settings(layer_ids=(1,), hc_mult=2))
+    with memories(make_model(num_hidden_layers=2), memory) as model:
+        yield model
+
+
+@pytest.fixture(params=["small", pytest.param("gemma3", marks=pytest.mark.slow)])
 def loaded(request):
+    if request.param == "small":
+        with small() as model:
+            yield model
+        return
     with memories(same_model(request.param), same_memory(), (same_memory("long n-grams, two branches"), 0.7)) as model:
         yield model
 
@@ -70,7 +84,7 @@ def test_one_pass_is_one_graph(loaded, counter):
 
 
 def test_decoding_with_a_static_cache_is_one_graph(counter):
-    with memories(same_model(), same_memory(), (same_memory("long n-grams, two branches"), 0.7)) as model:
+    with small() as model:
         compiled = torch.compile(model, backend=counter, fullgraph=True)
         found = decode(model, compiled, StaticCache(config=model.config, max_cache_len=30))
         assert counter.frame_count == 1
@@ -153,7 +167,7 @@ def test_generate_compiles_by_itself(loaded, options):
 
 @pytest.mark.slow
 def test_machine_code():
-    with memories(make_model(), same_memory("long n-grams, two branches")) as model:
+    with small() as model:
         compiled = torch.compile(model, fullgraph=True)
         with torch.no_grad():
             assert distance(compiled(IDS, use_cache=False).logits, full(model, IDS)) <= EXACT

@@ -104,6 +104,11 @@ def test_a_left_padded_batch_with_its_prompt_in_chunks(loaded, way):
     check_left_padded(loaded, **WAYS.get(way, {"use_cache": False}))
 
 
+def test_padding_in_chunks_longer_than_the_window_of_attention():
+    with memories(same_model("mistral"), same_memory()) as model:
+        check_left_padded(model, **WAYS["a static cache, prompt in chunks"])
+
+
 @pytest.mark.parametrize("way", ["a dynamic cache", "a static cache"])
 def test_beams_are_reordered(paired, way):
     options = {"num_beams": 4, "num_return_sequences": 3}

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llm_builders import KNOWN, make_ids
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from engram_core import InputError
 from engram_llm.masks import read_layout
@@ -166,6 +167,17 @@ def test_a_square_mask_says_where_tokens_are(as_scores):
 def test_a_square_mask_with_a_window_is_plain(window):
     near = torch.arange(9)[:, None] - torch.arange(9) < window
     assert layout(make_ids(2, 9), (CAUSAL & near)[None, None]) == (None, None)
+
+
+def test_a_square_mask_covers_what_a_sliding_cache_still_holds():
+    layer = DynamicSlidingWindowLayer(7)
+    cache = DynamicCache()
+    cache.layers.append(layer)
+    filled(10, cache)
+    # Six positions are left of ten; three are new, and the first of the second row is padding.
+    mask = torch.ones(2, 1, 3, 9, dtype=torch.bool).tril(6)
+    mask[1, :, :, :7] = False
+    assert layout(make_ids(2, 3), mask, cache=cache)[0] == [[1, 1, 1], [0, 1, 1]]
 
 
 def test_the_mask_that_hides_least_is_read():

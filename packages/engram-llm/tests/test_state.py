@@ -248,6 +248,18 @@ def test_caches_are_copied_and_pickled_with_what_they_carry(model, make):
         assert distance(step(model, other, 9, 30), full(model, IDS)[:, 9:]) <= EXACT
 
 
+def test_a_stored_cache_is_of_no_use_to_another_memory(make):
+    """Even one made from the same file: what stood in the cache's process under a number is another's here."""
+    model = make_model()
+    load_memory(model, make_file())
+    cache = make(model)
+    step(model, cache, 0, 9)
+    other = make_model()
+    load_memory(other, make_file())
+    with pytest.raises(InputError, match="holds 9 positions, of which the memory has read 0"):
+        step(other, pickle.loads(pickle.dumps(cache)), 9, 10)  # noqa: S301 - the test's own bytes
+
+
 def test_a_prepared_cache_is_empty(model, make):
     cache = make(model)
     prepare_cache(model, cache, 2)

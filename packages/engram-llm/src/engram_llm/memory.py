@@ -5,7 +5,7 @@ Its `state_dict` has the names of the file. Shapes: B rows, L positions, E chann
 
 from __future__ import annotations
 
-import itertools
+import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,8 +23,6 @@ from engram_llm.tables import HostTable, as_stored, copy_tensor
 
 __all__ = ["Memory", "stored_tensors"]
 
-_keys = itertools.count()
-
 _TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -36,7 +34,7 @@ class Memory(nn.Module):
         width: d of the model.
         layers: layer number, as text, to its memory.
         reach: R, how many tokens the memory looks back.
-        key: under which caches keep its histories.
+        key: under which caches keep its histories; a cache that another process stored has other keys.
     """
 
     lookup: Tensor
@@ -57,7 +55,7 @@ class Memory(nn.Module):
             make_table: returns the table of a layer with so many rows; None makes tables of zeros.
         """
         super().__init__()
-        self.settings, self.width, self.key = settings, width, next(_keys)
+        self.settings, self.width, self.key = settings, width, uuid.uuid4().hex
         ngrams = settings.hash_lookup(lookup)
         self.compressed_pad_id = ngrams.compressed_pad_id
         self.reach = max(settings.max_ngram_size - 1, (settings.kernel_size - 1) * settings.dilation)

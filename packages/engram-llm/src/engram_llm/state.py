@@ -168,7 +168,7 @@ def _no_tokens(inputs: Tensor, length: int) -> Positions:
 class _Carrying(CacheLayerMixin):  # type: ignore[misc]
     """Takes the histories along wherever keys and values go."""
 
-    histories: dict[int, History]
+    histories: dict[str, History]
 
     def reset(self) -> None:
         super().reset()
@@ -234,7 +234,7 @@ def _carrying_layer(cache: Any, index: int) -> Any:
     return layer
 
 
-def open_history(cache: Any, index: int, key: int, inputs: Tensor, reach: int, stamp: int) -> History:
+def open_history(cache: Any, index: int, key: str, inputs: Tensor, reach: int, stamp: int) -> History:
     """Return what a memory has read so far at a layer of a cache.
 
     Args:
@@ -260,7 +260,7 @@ def open_history(cache: Any, index: int, key: int, inputs: Tensor, reach: int, s
     return _open(cache, index, key, inputs, reach, stamp)
 
 
-def _open(cache: Any, index: int, key: int, inputs: Tensor, reach: int, stamp: int) -> History:
+def _open(cache: Any, index: int, key: str, inputs: Tensor, reach: int, stamp: int) -> History:
     layer = _carrying_layer(cache, index)
     history: History | None = layer.histories.get(key)
     if history is None:
