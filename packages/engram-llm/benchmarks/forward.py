@@ -14,7 +14,7 @@ import torch
 from measure import Bound, Outcome, Spread, Table
 from paired import AGAIN, BARE, Call, relate, time_rounds
 from sizes import SHAPES, make_memory, make_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from engram_llm.attachment import Active, attach, detach
@@ -42,25 +42,31 @@ def run(*, quick: bool, device: str) -> Outcome:
         f"{LENGTH} tokens of a prompt": (_prefill(model, memories, prompts), 10 if quick else 40),
         "one more token": (_decode(model, memories, prompts), 50 if quick else 200),
     }
+    read = {f"{LENGTH} tokens of a prompt": _count(model.model.layers), "one more token": _count(model)}
     rows, bounds, figures = [], [], {"threads": torch.get_num_threads()}
     for what, (cases, rounds) in passes.items():
         seconds = time_rounds(cases, rounds, device)
         ratios = {case: relate(seconds, case) for case in seconds if case != BARE}
-        rows.append((what, "none, once more", Spread.of(seconds[BARE]).show("ms"), ratios[AGAIN].show()))
-        rows += [(what, name, "", ratios[name].show()) for name in memories]
+        rows.append((what, "none, once more", Spread.of(seconds[BARE]).show("ms"), ratios[AGAIN].show(), ""))
+        floors = {name: 1 + _count(memory) / read[what] for name, memory in memories.items()}
+        rows += [(what, name, "", ratios[name].show(), f"{floors[name]:.3f}") for name in memories]
         figures[what] = {str(case): asdict(ratio) for case, ratio in ratios.items()}
         figures[what]["bare_s"] = Spread.of(seconds[BARE]).median
         bounds += [Bound(what=f"{what}, {name}", value=ratios[name].median, limit=LIMIT) for name in SHAPES]
     detach(model)
-    n_parameters = {name: sum(p.numel() for p in memory.parameters()) for name, memory in memories.items()}
-    figures["parameters"] = n_parameters
+    figures["parameters"] = {name: sum(p.numel() for p in memory.parameters()) for name, memory in memories.items()}
     where = "GPU" if device == "cuda" else f"{torch.get_num_threads()} threads"
     title = f"A forward pass at Qwen3-0.6B's size, bf16, {where}: median ratio to the bare model (95 % interval)"
     return Outcome(
-        tables=[Table(title=title, columns=("pass", "memory", "bare", "ratio"), rows=rows)],
+        tables=[Table(title=title, columns=("pass", "memory", "bare", "ratio", "its weights"), rows=rows)],
         bounds=bounds,
         figures=figures,
     )
+
+
+def _count(module: nn.Module) -> int:
+    """Return the weights that every token is multiplied with: all but a memory's tables."""
+    return sum(weight.numel() for name, weight in module.named_parameters() if "multi_head_embedding" not in name)
 
 
 def _choose(model: Any, memory: Memory | None) -> None:

@@ -62,15 +62,22 @@ def make_model(*, small: bool, dtype: torch.dtype, device: str) -> Any:
 
 
 def make_memory(
-    shape: dict[str, Any], model: Any, *, on_host: bool = False, dtype: torch.dtype | None = None, **changes: Any
+    shape: dict[str, Any],
+    model: Any,
+    *,
+    on_host: bool = False,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+    **changes: Any,
 ) -> Memory:
-    """Return a memory with random weights on a model's device.
+    """Return a memory with random weights.
 
     Args:
         shape: settings.
         model: whose width and number of layers it fits.
         on_host: leave its tables in host memory.
         dtype: None means the model's.
+        device: None means the model's.
         changes: settings to replace.
     """
     last = model.config.num_hidden_layers - 1
@@ -80,18 +87,18 @@ def make_memory(
     n_tokens = min(N_TOKENS, model.config.vocab_size)
     lookup = (np.arange(n_tokens) * COMPRESSED).astype(np.int64)
     generator = torch.Generator().manual_seed(0)
-    kind, device = dtype or model.dtype, model.device
+    kind, place = dtype or model.dtype, torch.device(device or model.device)
 
     def make_table(_: int, n_rows: int) -> nn.Module:
         values = torch.randn(n_rows, settings.head_width, generator=generator).to(kind)
         if on_host:
-            return HostTable(as_stored(values), device, kind)
+            return HostTable(as_stored(values), place, kind)
         table = Table(n_rows, settings.head_width)
         table.embedding.weight.data = values
         return table
 
     torch.manual_seed(0)
-    memory = Memory(settings, lookup, model.config.hidden_size, make_table).to(device, kind)
+    memory = Memory(settings, lookup, model.config.hidden_size, make_table).to(place, kind)
     for layer in memory.layers.values():
         nn.init.normal_(layer.short_conv.conv.weight, std=0.1)
     return memory.requires_grad_(False).eval()

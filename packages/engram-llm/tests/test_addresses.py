@@ -1,6 +1,7 @@
 """Rows of hashed n-grams as tensors: the published values, and `engram_core.NgramHash` for any settings."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +19,10 @@ GOLDEN = json.loads((Path(__file__).parent / "golden" / "hash.json").read_text(e
 SHAPE = ("engram_vocab_size", "max_ngram_size", "n_head_per_ngram", "layer_ids", "compressed_vocab_size")
 
 
-def rows_of(ngrams: NgramHash, layer: int, ids: torch.Tensor) -> torch.Tensor:
+def rows_of(ngrams: NgramHash, ids: torch.Tensor) -> Mapping[int, torch.Tensor]:
     """Rows for a text that begins at the first id."""
-    pad = ngrams.compressed_pad_id
-    earlier = [
-        torch.nn.functional.pad(ids, (back, 0), value=pad)[:, : ids.shape[1]]
-        for back in range(1, ngrams.max_ngram_size)
-    ]
-    return Addresses(ngrams, layer)(ids, earlier)
+    padded = torch.nn.functional.pad(ids, (ngrams.max_ngram_size - 1, 0), value=ngrams.compressed_pad_id)
+    return Addresses(ngrams)(padded.unfold(1, ids.shape[1], 1).transpose(0, 1).flip(0))
 
 
 def offsets_of(ngrams: NgramHash, layer: int) -> np.ndarray:
@@ -38,8 +35,9 @@ def offsets_of(ngrams: NgramHash, layer: int) -> np.ndarray:
 def test_the_golden_rows(case):
     ngrams = NgramHash(**{name: case[name] for name in (*SHAPE, "compressed_pad_id", "seed")})
     ids = torch.tensor(case["compressed_input_ids"])
-    for layer in case["layer_ids"]:
-        found = rows_of(ngrams, layer, ids)
+    rows = rows_of(ngrams, ids)
+    assert list(rows) == case["layer_ids"]
+    for layer, found in rows.items():
         assert found.dtype == torch.int64
         assert (found.numpy() - offsets_of(ngrams, layer)).tolist() == case["hash_ids"][str(layer)]
 
@@ -62,10 +60,10 @@ def test_rows_are_those_of_the_reference_with_one_table_after_the_other(data):
     length = data.draw(st.integers(1, 9))
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     ids = rng.integers(0, vocabulary, (2, length))
-    for layer in ngrams.layer_ids:
+    for layer, found in rows_of(ngrams, torch.from_numpy(ids)).items():
         expected = ngrams.addresses(ids, layer) + offsets_of(ngrams, layer)
-        assert rows_of(ngrams, layer, torch.from_numpy(ids)).tolist() == expected.tolist()
-        assert expected.max() < Addresses(ngrams, layer).n_rows == ngrams.primes[layer].sum()
+        assert found.tolist() == expected.tolist()
+        assert expected.max() < Addresses(ngrams).n_rows[layer] == ngrams.primes[layer].sum()
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -75,8 +73,8 @@ def test_a_memory_addresses_what_the_reference_does(name):
     assert np.array_equal(compressed.numpy(), make_lookup()[ids.numpy()])
     ngrams = memory.settings.hash_lookup(make_lookup())
     positions = Positions(ids=compressed, starts=torch.zeros_like(ids, dtype=torch.bool), plain=True)
-    for layer in memory.settings.layer_ids:
-        found = memory.rows(layer, positions, Neighbours(positions, 15, memory.reach), 15)
+    rows = memory.rows(positions, Neighbours(positions, 15, memory.reach), 15)
+    for layer, found in rows.items():
         expected = ngrams.addresses(compressed.numpy(), layer) + offsets_of(ngrams, layer)
         assert found.tolist() == expected.tolist()
         assert memory.layers[str(layer)].multi_head_embedding.embedding.weight.shape[0] == ngrams.primes[layer].sum()

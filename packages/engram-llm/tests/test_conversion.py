@@ -256,10 +256,10 @@ class TestEngramPeft:
         ids, hidden = torch.tensor(golden["ids"]), torch.tensor(golden["hidden"])
         positions = Positions(ids=memory.compress(ids), starts=torch.zeros_like(ids, dtype=torch.bool), plain=True)
         neighbours = Neighbours(positions, ids.shape[1], memory.reach)
+        rows = memory.rows(positions, neighbours, ids.shape[1])
         for layer, expected in golden["residuals"].items():
             module = memory.layers[layer]
-            rows = memory.rows(int(layer), positions, neighbours, ids.shape[1])
-            values = module.values(hidden, module.multi_head_embedding(rows))
+            values = module.values(hidden, module.multi_head_embedding(rows[int(layer)]))
             inputs = module.short_conv.normalize(values)
             steps = range(1, source.settings.kernel_size)
             taps = [inputs, *(neighbours.before(inputs, step * source.settings.dilation, 0) for step in steps)]

@@ -168,8 +168,8 @@ def test_a_layer_is_a_module_with_the_names_of_the_file():
     memory = make_memory(make_settings(hc_mult=2))
     layer = memory.layers["3"]
     assert isinstance(layer, MemoryLayer)
-    n_rows = memory.addresses["3"].n_rows
+    n_rows = memory.addresses.n_rows[3]
     shapes = {name: tuple(value.shape) for name, value in layer.state_dict().items()}
     assert shapes == memory.settings.shapes(WIDTH, n_rows)
-    assert {name for name, _ in memory.named_buffers()} >= {"lookup", "addresses.3.primes"}
+    assert {name for name, _ in memory.named_buffers()} >= {"lookup", "addresses.primes"}
     assert not any(isinstance(part, nn.Embedding) and part.sparse for part in memory.modules())

@@ -68,7 +68,7 @@ class _Part:
     cached: bool
     whole: Positions
     neighbours: Neighbours
-    rows: dict[int, Any]
+    rows: Mapping[int, Any]
 
 
 _Pass = tuple[_Part, ...]
@@ -208,16 +208,15 @@ class _LayerHook:
                 f"{type(layer).__name__} got no keyword arguments of the model's; memories need a model of "
                 "transformers that hands them to its layers"
             )
+        mine = [part for part in parts if self._number in part.rows]
+        if not mine:
+            return args, kwargs
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         hidden = args[0] if args else kwargs["hidden_states"]
         cache = next((given[name] for name in _CACHE_NAMES if given.get(name) is not None), None)
-        total = None
-        for part in parts:
-            if self._number in part.rows:
-                residual = _recall(part, self._number, hidden, cache)
-                total = residual if total is None else total + residual
-        if total is None:
-            return args, kwargs
+        total = _recall(mine[0], self._number, hidden, cache)
+        for part in mine[1:]:
+            total = total + _recall(part, self._number, hidden, cache)
         if args:
             return (hidden + total, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": hidden + total}
@@ -248,9 +247,8 @@ def _plan(active: Active, stamp: int, ids: Tensor, layout: Layout, cache: Any) -
     if cache is not None and has_layer(cache, lowest):
         whole = _open(cache, lowest, memory, ids.shape[0], stamp).positions().then(whole)
     neighbours = Neighbours(whole, ids.shape[1], memory.reach)
-    rows = {}
-    for layer in memory.settings.layer_ids:
-        rows[layer] = memory.retrieve(layer, memory.rows(layer, whole, neighbours, ids.shape[1]))
+    rows = memory.rows(whole, neighbours, ids.shape[1])
+    rows = {layer: memory.retrieve(layer, found) for layer, found in rows.items()}
     return _Part(active, stamp, cache is not None, whole, neighbours, rows)
 
 

@@ -60,13 +60,11 @@ class Memory(nn.Module):
         self.compressed_pad_id = ngrams.compressed_pad_id
         self.reach = max(settings.max_ngram_size - 1, (settings.kernel_size - 1) * settings.dilation)
         self.register_buffer("lookup", torch.from_numpy(lookup.astype(np.int64)), persistent=False)
-        self.addresses = nn.ModuleDict()
+        self.addresses = Addresses(ngrams)
         self.layers = nn.ModuleDict()
-        for layer in settings.layer_ids:
-            addresses = Addresses(ngrams, layer)
-            n_rows = addresses.n_rows
+        for layer, n_rows in self.addresses.n_rows.items():
             table = make_table(layer, n_rows) if make_table else Table(n_rows, settings.head_width)
-            self.addresses[str(layer)], self.layers[str(layer)] = addresses, MemoryLayer(settings, width, table)
+            self.layers[str(layer)] = MemoryLayer(settings, width, table)
 
     @classmethod
     def read(
@@ -115,20 +113,12 @@ class Memory(nn.Module):
         table = self.layers[str(layer)].multi_head_embedding
         return table.fetch(rows) if isinstance(table, HostTable) else rows
 
-    def rows(self, layer: int, positions: Positions, neighbours: Neighbours, length: int) -> Tensor:
-        """Return the table rows for the newest positions of a layer, int64 [B, L, (N-1)·H]."""
-        pad = self.compressed_pad_id
-        earlier = [
-            _without_pad(neighbours.before(positions.ids, back, PAD), pad)
-            for back in range(1, self.settings.max_ngram_size)
-        ]
-        addresses = self.addresses[str(layer)]
-        found: Tensor = addresses(_without_pad(positions.ids[:, -length:], pad), earlier)
+    def rows(self, positions: Positions, neighbours: Neighbours, length: int) -> Mapping[int, Tensor]:
+        """Return the table rows for the newest positions: layer to int64 [B, L, (N-1)·H]."""
+        earlier = (neighbours.before(positions.ids, back, PAD) for back in range(1, self.settings.max_ngram_size))
+        window = torch.stack((positions.ids[:, -length:], *earlier))
+        found: Mapping[int, Tensor] = self.addresses(torch.where(window == PAD, self.compressed_pad_id, window))
         return found
-
-
-def _without_pad(ids: Tensor, pad: int) -> Tensor:
-    return torch.where(ids == PAD, pad, ids)
 
 
 def stored_tensors(memory: Memory, dtype: str | None = None) -> dict[int, Mapping[str, Stored]]:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import vecdot
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
 from engram_core import MemorySettings
@@ -68,11 +70,16 @@ class ShortConvolution(nn.Module):
             [B, L, C].
         """
         # A sum over taps: they may come from a window, or from anywhere when a batch is padded.
-        weight = self.conv.weight[:, 0]  # [C, k], the newest position last
-        total = taps[0] * weight[:, -1]
-        for back, tap in enumerate(taps[1:], start=2):
-            total = total + tap * weight[:, -back]
+        weights = self.conv.weight[:, 0].t().contiguous().unbind()  # of [C] each, the newest position last
+        total = taps[0] * weights[-1]
+        for tap, weight in zip(taps[1:], weights[-2::-1], strict=True):
+            total = torch.addcmul(total, tap, weight)
         return F.silu(total)
+
+
+def _inverse_rms(values: Tensor) -> Tensor:
+    mean: Tensor = vecdot(values, values) / values.shape[-1]
+    return (mean + GATE_EPS).rsqrt()
 
 
 class MemoryLayer(nn.Module):
@@ -102,10 +109,15 @@ class MemoryLayer(nn.Module):
 
     def gates(self, hidden: Tensor, retrieved: Tensor) -> Tensor:
         """Return how far each branch opens at each position, [B, L, M]."""
+        # Both are RMS-normed and multiplied without being written out: their product needs three sums alone.
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        query = hidden.to(wide)
         scores = []
-        for project, norm_key, norm_query in zip(self.key_projs, self.norm1, self.norm2, strict=True):
-            key = norm_key(project(retrieved).to(hidden.dtype))  # autocast gives it another type than the norm's
-            scores.append((key * norm_query(hidden)).sum(-1, dtype=torch.float32))
+        weights: Any = zip(self.norm1, self.norm2, strict=True)
+        for project, (norm_key, norm_query) in zip(self.key_projs, weights, strict=True):
+            key = project(retrieved).to(wide)
+            product = vecdot(key * (norm_key.weight.to(wide) * norm_query.weight), query)
+            scores.append(product * _inverse_rms(key) * _inverse_rms(query))
         score = torch.stack(scores, dim=-1) / math.sqrt(hidden.shape[-1])
         gate = (score.abs().clamp_min(_SMALLEST).sqrt() * score.sign()).sigmoid()
         return gate.clamp_min(self.gate_floor) if self.gate_floor else gate

@@ -56,7 +56,8 @@ class Neighbours:
         """
         self._length = length
         # [B, T+L+1] each: where the token 1, 2, ..., R before lies, also before a position after the end; -1 for none.
-        self._pointers: list[Tensor] | None = None if positions.plain else _find_pointers(positions, reach)
+        plain = positions.plain or not len(positions)
+        self._pointers: list[Tensor] | None = None if plain else _find_pointers(positions, reach)
 
     def before(self, values: Tensor, back: int, fill: int) -> Tensor:
         """Return the value that belongs to the token `back` before each new position.

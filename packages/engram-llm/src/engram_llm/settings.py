@@ -42,7 +42,7 @@ class TrainSettings:
         engram_soft_constraint_steps: steps after those, in which gates are at least 0.1.
         freeze_tables: leave the tables at their random values; a control.
         dtype: how weights are stored.
-        sparse: update the touched rows of tables alone; None does so where all tables together have more than 50
+        sparse: update the touched rows of tables alone; None does so where all tables together have more than 20
             million values.
         lora_rank, lora_alpha, lora_dropout: of LoRA on all linear layers of the decoder.
         text_column: column of plain texts.

@@ -9,6 +9,7 @@ Shapes: B rows, T positions read before, R tokens that a memory looks back, C ch
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +29,8 @@ from engram_llm.reading import PAD, Neighbours, Positions
 
 __all__ = ["GrowingHistory", "History", "WindowHistory", "has_layer", "open_history"]
 
+_RECENT = 64  # positions
+
 
 class History(Protocol):
     """What one memory has read at one decoder layer.
@@ -39,16 +42,16 @@ class History(Protocol):
     stamp: int
 
     def positions(self) -> Positions:
-        """Return what stands at the positions it holds."""
+        """Return each row's newest R tokens; padding stands left of all tokens."""
 
     def inputs(self) -> Tensor:
-        """Return what the convolution read at them, [B, T, C]."""
+        """Return what the convolution read at them, [B, R, C]."""
 
     def length(self) -> Any:
         """Return how many positions were read in all."""
 
     def advance(self, positions: Positions, inputs: Tensor, neighbours: Neighbours, length: int) -> None:
-        """Go on to all positions, of which the newest `length` are new; `inputs` is [B, T+L, C]."""
+        """Go on to the newest `length` of these positions; `inputs` are of all of them, [B, T, C]."""
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows of the batch, in this order."""
@@ -65,29 +68,37 @@ class GrowingHistory:
 
     stamp = -1
 
-    def __init__(self, inputs: Tensor) -> None:
+    def __init__(self, inputs: Tensor, reach: int) -> None:
         """Begin with nothing.
 
         Args:
             inputs: of no position, [B, 0, C].
+            reach: R.
         """
-        self._positions, self._inputs = _no_tokens(inputs, 0), inputs
+        self._reach = reach
+        self._window = _no_tokens(inputs, reach)
+        # All that was read, for cropping. New positions go to the recent ones, so that what a token costs does not grow
+        # with the text before it.
+        self._old = self._recent = _no_tokens(inputs, 0)
 
     def positions(self) -> Positions:
-        """Return what stands at the positions it holds."""
-        return self._positions
+        """Return each row's newest R tokens; padding stands left of all tokens."""
+        return self._window.positions
 
     def inputs(self) -> Tensor:
-        """Return what the convolution read at them, [B, T, C]."""
-        return self._inputs
+        """Return what the convolution read at them, [B, R, C]."""
+        return self._window.inputs
 
     def length(self) -> int:
         """Return how many positions were read in all."""
-        return len(self._positions)
+        return len(self._old) + len(self._recent)
 
-    def advance(self, positions: Positions, inputs: Tensor, neighbours: Neighbours, length: int) -> None:  # noqa: ARG002
-        """Go on to all positions."""
-        self._positions, self._inputs = positions, inputs
+    def advance(self, positions: Positions, inputs: Tensor, neighbours: Neighbours, length: int) -> None:
+        """Go on to the newest `length` of these positions."""
+        self._window = _newest(positions, inputs, neighbours, self._reach)
+        self._recent = self._recent.then(_Read(positions, inputs).map(lambda values: values[:, -length:]))
+        if len(self._recent) > _RECENT:
+            self._old, self._recent = self._old.then(self._recent), self._recent.map(lambda values: values[:, :0])
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows of the batch, in this order."""
@@ -99,12 +110,17 @@ class GrowingHistory:
 
     def crop(self, count: int) -> None:
         """Forget the newest positions."""
-        self._map(lambda values: values[:, : max(0, values.shape[1] - count)])
+        older = max(0, count - len(self._recent))
+        self._recent = self._recent.map(lambda values: values[:, : max(0, values.shape[1] - count)])
+        self._old = self._old.map(lambda values: values[:, : max(0, values.shape[1] - older)])
+        # Past holes, the newest tokens may lie anywhere.
+        enough = self._recent.positions.plain and len(self._recent) >= self._reach
+        read = self._recent if enough else self._old.then(self._recent)
+        neighbours = Neighbours(read.positions, 0, self._reach)
+        self._window = _newest(read.positions, read.inputs, neighbours, self._reach)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
-        old = self._positions
-        self._positions = Positions(ids=change(old.ids), starts=change(old.starts), plain=old.plain)
-        self._inputs = change(self._inputs)
+        self._old, self._recent, self._window = (read.map(change) for read in (self._old, self._recent, self._window))
 
 
 class WindowHistory:
@@ -120,35 +136,34 @@ class WindowHistory:
             reach: R.
         """
         self._reach = reach
-        self._inputs = inputs.new_zeros((inputs.shape[0], reach, inputs.shape[2]))
-        # What is before a document's beginning is never taken into the window, so none begins within.
-        positions = _no_tokens(inputs, reach)
-        self._ids, self._starts = positions.ids, positions.starts
+        self._window = _no_tokens(inputs, reach)
         self._length = torch.zeros((), dtype=torch.int64, device=inputs.device)
-        for tensor in (self._ids, self._inputs, self._starts, self._length):
+        positions = self._window.positions
+        for tensor in (positions.ids, positions.starts, self._window.inputs, self._length):
             torch._dynamo.mark_static_address(tensor)
 
     def positions(self) -> Positions:
-        """Return what stands at the positions it holds; padding stands left of all tokens."""
-        return Positions(ids=self._ids, starts=self._starts, plain=True)
+        """Return each row's newest R tokens; padding stands left of all tokens."""
+        return self._window.positions
 
     def inputs(self) -> Tensor:
         """Return what the convolution read at them, [B, R, C]."""
-        return self._inputs
+        return self._window.inputs
 
     def length(self) -> Tensor:
         """Return how many positions were read in all."""
         return self._length
 
     def advance(self, positions: Positions, inputs: Tensor, neighbours: Neighbours, length: int) -> None:
-        """Go on to all positions."""
-        self._ids.copy_(neighbours.newest(positions.ids, self._reach, PAD))
-        self._inputs.copy_(neighbours.newest(inputs, self._reach, 0))
+        """Go on to the newest `length` of these positions."""
+        newest = _newest(positions, inputs, neighbours, self._reach)
+        self._window.positions.ids.copy_(newest.positions.ids)
+        self._window.inputs.copy_(newest.inputs)
         self._length.add_(length)
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows of the batch, in this order."""
-        for values in (self._ids, self._inputs):
+        for values in (self._window.positions.ids, self._window.inputs):
             values.copy_(values[rows.to(values.device)])
 
     def repeat(self, times: int) -> None:
@@ -160,9 +175,37 @@ class WindowHistory:
         raise InputError(f"a static cache cannot forget {count} positions; use a dynamic cache")
 
 
-def _no_tokens(inputs: Tensor, length: int) -> Positions:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Read:
+    """A run of positions, and what the convolution read at them, [B, T, C]."""
+
+    positions: Positions
+    inputs: Tensor
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def then(self, newer: _Read) -> _Read:
+        return _Read(self.positions.then(newer.positions), torch.cat((self.inputs, newer.inputs), dim=1))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> _Read:
+        old = self.positions
+        positions = Positions(ids=change(old.ids), starts=change(old.starts), plain=old.plain)
+        return _Read(positions, change(self.inputs))
+
+
+def _no_tokens(inputs: Tensor, length: int) -> _Read:
+    """Return padding; `inputs` is of no position, [B, 0, C]."""
     ids = torch.full((inputs.shape[0], length), PAD, device=inputs.device)
-    return Positions(ids=ids, starts=torch.zeros_like(ids, dtype=torch.bool), plain=True)
+    positions = Positions(ids=ids, starts=torch.zeros_like(ids, dtype=torch.bool), plain=True)
+    return _Read(positions, inputs.new_zeros((inputs.shape[0], length, inputs.shape[2])))
+
+
+def _newest(positions: Positions, inputs: Tensor, neighbours: Neighbours, reach: int) -> _Read:
+    """Return each row's newest tokens; what is before a document's beginning is not taken, so none begins within."""
+    ids = neighbours.newest(positions.ids, reach, PAD)
+    window = Positions(ids=ids, starts=torch.zeros_like(ids, dtype=torch.bool), plain=True)
+    return _Read(window, neighbours.newest(inputs, reach, 0))
 
 
 class _Carrying(CacheLayerMixin):  # type: ignore[misc]
@@ -264,7 +307,7 @@ def _open(cache: Any, index: int, key: str, inputs: Tensor, reach: int, stamp: i
     layer = _carrying_layer(cache, index)
     history: History | None = layer.histories.get(key)
     if history is None:
-        history = WindowHistory(inputs, reach) if isinstance(layer, StaticLayer) else GrowingHistory(inputs)
+        history = (WindowHistory if isinstance(layer, StaticLayer) else GrowingHistory)(inputs, reach)
         layer.histories[key] = history
     read, held = int(history.length()), int(layer.get_seq_length())
     if read != held:

@@ -120,8 +120,7 @@ class Learned:
         """Return how many rows each layer's table has, and how many linear layers LoRA adapts."""
         found: dict[str, int] = {}
         if self.memory is not None:
-            addresses: Any = self.memory.addresses
-            found |= {f"layer {layer}": addresses[str(layer)].n_rows for layer in self.memory.settings.layer_ids}
+            found |= {f"layer {layer}": n_rows for layer, n_rows in self.memory.addresses.n_rows.items()}
         if self.lora is not None:
             found["LoRA"] = sum(name.endswith("lora_A.default.weight") for name, _ in self.parameters())
         return found

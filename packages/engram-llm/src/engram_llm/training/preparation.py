@@ -31,7 +31,7 @@ __all__ = ["BACKBONE", "Prepared", "check_model", "prepare"]
 
 BACKBONE = "qwen3"
 
-_MANY = 50_000_000  # values of all tables above which dense gradients would cost more than the passes
+_MANY = 20_000_000  # values of all tables above which dense gradients cost more than the rest of a small step
 
 _ROUNDING = 0.05  # share of the logits by which bfloat16 may change them; reading another document changes them all
 
