@@ -37,7 +37,7 @@ def make_sd35(world: World, work: Path, out: Path, *, steps: int, seed: int, rep
     readers = build_readers(before / "tokenizer", world.captions, work / "tokenizer_3", seed)
     latents = encode_images(autoencoder, world.images)
     shift, scale = float(latents.mean()), 1 / float(latents.std())
-    autoencoder.register_to_config(scaling_factor=scale, shift_factor=shift)
+    autoencoder = _rescale(autoencoder, shift, scale)
     report(f"latents: shift {shift:.4f}, scaling factor {scale:.4f}")
     lessons = prepare_lessons((latents - shift) * scale, world.captions, world.boxes, readers.first)
     models = build_models(readers, text)
@@ -69,3 +69,12 @@ def assemble(models: Models, readers: Readers, autoencoder: AutoencoderKL) -> St
         text_encoder_3=models.t5,
         tokenizer_3=readers.third,
     )
+
+
+def _rescale(autoencoder: AutoencoderKL, shift: float, scale: float) -> AutoencoderKL:
+    """Return the same autoencoder with another shift and scale of its latents."""
+    # Not by changing its configuration, which tells the folder that it came from: that means nothing elsewhere.
+    config = {name: value for name, value in autoencoder.config.items() if not name.startswith("_")}
+    rescaled = AutoencoderKL(**config | {"scaling_factor": scale, "shift_factor": shift})
+    rescaled.load_state_dict(autoencoder.state_dict())
+    return rescaled

@@ -30,6 +30,8 @@ PUBLIC = [
     "ConflictError",
     "ConvertSettings",
     "ConvertingBackbone",
+    "ClipMakingBackbone",
+    "ClipsReport",
     "DemoReport",
     "DemonstratingBackbone",
     "Edit",

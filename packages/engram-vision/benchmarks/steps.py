@@ -35,8 +35,9 @@ from engram_vision.models import load_pipeline
 from engram_vision.sd15 import SD15
 from engram_vision.sd35 import SD35
 from engram_vision.settings import TrainSettings
-from engram_vision.training.frozen import TextReader, encode_views
+from engram_vision.training.frozen import TextReader
 from engram_vision.training.objectives import make_objective
+from engram_vision.training.pictures import PICTURES, encode_views
 from engram_vision.training.preparation import prepare, read_data
 from engram_vision.training.trainer import train
 
@@ -208,14 +209,14 @@ def read_texts(readers: Mapping[str, TextReader], texts: Sequence[str], device: 
     """Return states with ids, and pooled states, by stream."""
     found = {stream: reader.read(texts) for stream, reader in readers.items()}
     pooled = {stream: each.pooled.to(device) for stream, each in found.items() if each.pooled is not None}
-    return {stream: (each.states.to(device), each.ids) for stream, each in found.items()}, pooled
+    return {stream: (each.states.to(device), each.ids, each.lengths) for stream, each in found.items()}, pooled
 
 
 def build_uncached_engram(task: Task, sample: Sample) -> Step:
     """Return the step of an engram as TinyEngram's scripts do it: VAE and text encoders run each time."""
     settings = task.settings
-    items, _ = read_data(settings, Watcher())
-    prepared = prepare(settings, items, None, torch.device(task.device), Watcher())
+    items, _ = read_data(settings, PICTURES, Watcher())
+    prepared = prepare(settings, PICTURES, items, None, torch.device(task.device), Watcher())
     frozen, data = Frozen(task, prepared.pipeline), Samples(task, items)
     concept, streams = prepared.concept, prepared.streams.values()
     readers = {
@@ -314,7 +315,7 @@ def build_lora(task: Task, sample: Sample, *, cached: bool) -> Step:
 
 def load(task: Task, *, cached: bool) -> tuple[Frozen, Samples, Callable[[Tensor], Tensor]]:
     """Return the model, the data, and what gives latents: the VAE, or where they are cached their distributions."""
-    items, _ = read_data(task.settings, Watcher())
+    items, _ = read_data(task.settings, PICTURES, Watcher())
     pipeline = task.load()
     frozen, data = Frozen(task, pipeline), Samples(task, items)
     if not cached:

@@ -25,6 +25,7 @@ from engram_core.torch.offload import BlockOffload
 from engram_vision import memory
 from engram_vision.families import SD15, SD35, SDXL
 from engram_vision.memory import Estimate, estimate_memory, offload_blocks
+from engram_vision.meter import measured, tensors_of
 
 _CLIP = {"model_type": "clip_text_model"}  # as the configuration files say beside what their classes need
 _T5 = T5_XXL | {"model_type": "t5"}
@@ -104,7 +105,7 @@ def estimate(folder, name, **options):
 def test_the_modules_have_their_published_sizes(folder, name, published):
     modules = memory._build(MODELS[name][0], folder(name), torch.bfloat16, ())
     for part, billions in published.items():
-        size = sum(tensor.numel() for tensor in memory._tensors(modules[part]))
+        size = sum(tensor.numel() for tensor in tensors_of(modules[part]))
         assert size == pytest.approx(billions * BILLION, rel=0.02), part
     assert {parameter.device.type for parameter in modules["vae"].parameters()} == {"meta"}
 
@@ -221,7 +222,7 @@ def test_people_read_gigabytes():
 
 def test_bytes_are_counted_as_long_as_they_live():
     layer = nn.Linear(10, 10, device="meta").requires_grad_(False)
-    with memory._measured(layer) as meter:
+    with measured(layer) as meter:
         states = torch.empty(5, 10, device="meta", requires_grad=True)  # 200 bytes
         first = layer(states)  # 200
         view = first.view(10, 5)
@@ -235,7 +236,7 @@ def test_bytes_are_counted_as_long_as_they_live():
 def test_attention_keeps_no_scores():
     n_positions, bytes_of_one = 1000, 1000 * 8 * 4
     heads = [torch.empty(1, 1, n_positions, 8, device="meta", requires_grad=True) for _ in range(3)]
-    with memory._measured(nn.Identity()) as meter:
+    with measured(nn.Identity()) as meter:
         out = torch.nn.functional.scaled_dot_product_attention(*heads)
         assert meter.peak == bytes_of_one + n_positions * 4
         out.backward(out)

@@ -96,7 +96,7 @@ def test_an_inpainting_folder_is_refused(tmp_path, capfd):
     pipeline.unet = UNet2DConditionModel(**dict(pipeline.unet.config) | {"in_channels": 9})
     pipeline.save_pretrained(tmp_path / "inpaint")
     assert not capfd.readouterr().out
-    refuse(tmp_path / "inpaint", "9 input channels", "text to image has 4", "inpainting")
+    refuse(tmp_path / "inpaint", "9 input channels", "its vae 4", "inpainting")
 
 
 @pytest.mark.parametrize(
@@ -281,3 +281,9 @@ def test_the_device_is_the_best_there_is_unless_one_is_asked_for(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert pick_device("auto") == torch.device("cuda")
     assert pick_device("cpu") == torch.device("cpu")
+
+
+def test_what_ships_names_no_folder_of_the_machine_that_made_it():
+    files = list(shipped.tiny_folder("sd15").parent.rglob("*.json"))
+    assert files
+    assert not [file for file in files if "_name_or_path" in file.read_text(encoding="utf-8")]

@@ -29,7 +29,7 @@ from engram_vision.drawing import Drawing, draw
 from engram_vision.images import fit_square, load_picture
 from engram_vision.loading import load_engram
 from engram_vision.settings import SD15TrainSettings
-from engram_vision.training import preparation, trainer
+from engram_vision.training import pictures, preparation, trainer
 from engram_vision.training.batches import Batch, draw_batch
 from engram_vision.training.frozen import FrozenData
 from engram_vision.training.objectives import Diffusion
@@ -375,7 +375,7 @@ def test_the_settings_that_are_written_are_those_of_the_run(run, tmp_path, model
 
 
 def test_previews_are_what_generation_draws_with_the_adapter_of_that_step(run, base, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "_PREVIEW_STEPS", 2)
+    monkeypatch.setattr("engram_vision.training.pictures._PREVIEW_STEPS", 2)
     options = {"schedule": "constant", "warm_up": 0, "vector_rate": 0.5, "keep": "last", "validate_every": 0}
     prompts = (f"{TRIGGER} at night", "a red ball")
     report, with_previews = run(steps=6, preview_every=3, preview_prompts=prompts, seed=2, **options)
@@ -388,7 +388,7 @@ def test_previews_are_what_generation_draws_with_the_adapter_of_that_step(run, b
         pipeline = copy_of(base)
         load_engram(pipeline, adapter)
         drawings = [Drawing(prompt=prompt, seed=2) for prompt in prompts]
-        for number, image in enumerate(draw(pipeline, drawings, steps=2, guidance=trainer._PREVIEW_GUIDANCE)):
+        for number, image in enumerate(draw(pipeline, drawings, steps=2, guidance=pictures._PREVIEW_GUIDANCE)):
             with Image.open(report.run_dir / PREVIEWS / f"step-{step:06d}-{number}.png") as preview:
                 assert preview.tobytes() == image.tobytes()
                 assert preview.text == {"prompt": prompts[number], "seed": "2", "step": str(step)}

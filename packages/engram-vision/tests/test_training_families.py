@@ -29,9 +29,10 @@ from engram_vision.families import SD35, family_of
 from engram_vision.loading import load_engram
 from engram_vision.settings import SD15TrainSettings, SD35TrainSettings, SDXLTrainSettings
 from engram_vision.training import trainer
-from engram_vision.training.frozen import TextReader, encode_views, freeze
+from engram_vision.training.frozen import TextReader, freeze
 from engram_vision.training.initial import describe_vectors
 from engram_vision.training.objectives import Diffusion, Flow, make_objective
+from engram_vision.training.pictures import encode_pictures, encode_views
 from engram_vision.training.state import load_state
 from engram_vision.training.trainer import METRICS, PREVIEWS, STATE, train
 
@@ -195,7 +196,7 @@ def test_the_frozen_model_can_be_bfloat16(run):
 
 
 def test_previews_are_drawn_with_every_encoder(run, monkeypatch):
-    monkeypatch.setattr(trainer, "_PREVIEW_STEPS", 2)
+    monkeypatch.setattr("engram_vision.training.pictures._PREVIEW_STEPS", 2)
     options = {"steps": 4, "keep": "last"}
     report, adapter = run(preview_every=2, preview_prompts=(TRIGGER, "a red ball"), **options)
     pictures = sorted((report.run_dir / PREVIEWS).iterdir())
@@ -268,7 +269,7 @@ def freeze_all(base, items, **options):
     readers = {stream: TextReader(family, base, stream, words_of(stream), CPU) for stream in family.streams}
     registries = {stream: registry_of(stream, TRIGGER) for stream in family.streams}
     given = {"resolution": SIZE, "flip": False, "crops": 1, "seed": 0, "device": CPU, "advance": lambda done: None}
-    return freeze(base.vae, readers, items, registries, **given | options)
+    return freeze(readers, items, registries, lambda: encode_pictures(base.vae, items, **given | options))
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """The parts of training, each by its own law: objective, batches, frozen data, first values, schedule, metrics."""
 
-import json
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,9 +11,8 @@ from diffusers.optimization import get_scheduler
 from PIL import Image
 from vision_builders import LENGTH, LOUD, SIZE, TRIGGER, WIDTH, captions, ids_of, states_of, write_pictures
 
-from engram_core import AdapterWriteError, ConceptRecord, InputError, StreamSpec, build_registry
+from engram_core import ConceptRecord, InputError, StreamSpec, build_registry
 from engram_core.torch import TrainableStream
-from engram_core.training.metrics import MetricsFile, read_metrics
 from engram_core.training.schedule import rate_factor
 from engram_vision.dataset import CaptionedImage, read_dataset
 from engram_vision.families import SD15
@@ -24,6 +21,7 @@ from engram_vision.training.batches import draw_batch, fixed_batches
 from engram_vision.training.frozen import FrozenData, FrozenTexts, TextReader, freeze, vary_caption
 from engram_vision.training.initial import describe_vectors, random_vectors
 from engram_vision.training.objectives import Diffusion
+from engram_vision.training.pictures import encode_pictures
 
 CPU = torch.device("cpu")
 STEPS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -192,7 +190,7 @@ def freeze_all(base, items, trigger=TRIGGER, **options):
     reader = read_with(base)
     registries = {"clip_l": build_registry(trigger, reader.tokenizer)}
     given = {"resolution": SIZE, "flip": False, "crops": 1, "seed": 0, "device": CPU, "advance": lambda done: None}
-    return freeze(base.vae, {"clip_l": reader}, items, registries, **given | options)
+    return freeze({"clip_l": reader}, items, registries, lambda: encode_pictures(base.vae, items, **given | options))
 
 
 def read_with(base):
@@ -404,41 +402,3 @@ def test_rates_follow_diffusers_after_a_rise_that_does_not_begin_at_zero(schedul
     assert all(0 < factor <= 1 for factor in factors)
     assert rate_factor(0, steps=3, warm_up=500, schedule=schedule) == pytest.approx(1 / 4)
     assert rate_factor(0, steps=1, warm_up=0, schedule=schedule) == 1
-
-
-# Metrics
-
-
-def test_metrics_are_continued_without_repeats(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    metrics = MetricsFile(path, after_step=0)
-    assert np.isnan(metrics.loss)
-    for step in (2, 4, 6):
-        metrics.write(step, {"loss": step / 2})
-    with path.open("a", encoding="utf-8") as file:
-        file.write('{"step": 8, "lo')  # a kill
-    assert [line["step"] for line in read_metrics(path)] == [2, 4, 6]
-    metrics = MetricsFile(path, after_step=4)
-    assert metrics.loss == 2
-    metrics.write(5, {"loss": 0.5, "rate": 1.0})
-    assert read_metrics(path)[-1] == {"step": 5, "loss": 0.5, "rate": 1.0}
-    assert [json.loads(line)["step"] for line in path.read_text(encoding="utf-8").splitlines()] == [2, 4, 5]
-    MetricsFile(path, after_step=0)
-    assert path.read_bytes() == b""
-
-
-@pytest.mark.parametrize("line", ["[]", "{}", "1", '{"step": "x"}', "nonsense"])
-def test_lines_of_others_end_the_metrics(tmp_path, line):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n', encoding="utf-8")
-    assert read_metrics(path) == [{"step": 1}]
-    assert read_metrics(tmp_path / "none") == []
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_full_disk_is_told_in_one_line(tmp_path):
-    metrics = MetricsFile(tmp_path / "metrics.jsonl", after_step=0)
-    (tmp_path / "metrics.jsonl").unlink()
-    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    with pytest.raises(AdapterWriteError, match=r"metrics.jsonl: cannot be written: No space left on device"):
-        metrics.write(1, {"loss": 1.0})

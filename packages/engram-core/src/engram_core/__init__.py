@@ -19,6 +19,8 @@ from engram_core.audit import (
 )
 from engram_core.backbones import (
     Backbone,
+    ClipMakingBackbone,
+    ClipsReport,
     ConvertingBackbone,
     ConvertSettings,
     DemonstratingBackbone,
@@ -86,6 +88,8 @@ __all__ = [
     "Backbone",
     "BackboneLoadError",
     "BackboneNotFoundError",
+    "ClipMakingBackbone",
+    "ClipsReport",
     "Concept",
     "ConceptNotFoundError",
     "ConceptRecord",

@@ -267,6 +267,53 @@ class EvaluatingBackbone(Backbone, Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ClipsReport:
+    """What making clips of pictures wrote.
+
+    Attributes:
+        folder: the clip set, ready for training.
+        clips: its clips, in the order of the pictures.
+        n_made: how many of them were made now; the others were there already.
+        sheet: picture that shows them all.
+        seconds: time it took.
+    """
+
+    folder: Path
+    clips: tuple[Path, ...]
+    n_made: int
+    sheet: Path
+    seconds: float
+
+
+@runtime_checkable
+class ClipMakingBackbone(Backbone, Protocol):
+    """A backbone that can make clips of pictures, to train on.
+
+    Attributes:
+        clips_settings: the settings class; as with `train_settings` without torch.
+    """
+
+    clips_settings: type[Any]
+
+    def default_clips_settings(self, model: str) -> Mapping[str, Any]:
+        """Return settings that suit a model better than the class's own defaults; usually none."""
+        ...
+
+    def build_clips(self, settings: Any, *, overwrite: bool = False, watcher: Watcher | None = None) -> ClipsReport:
+        """Make a clip of each picture; clips that are there already are kept.
+
+        Args:
+            settings: an instance of `clips_settings`.
+            overwrite: make anew what was made otherwise.
+            watcher: hears how it goes.
+
+        Raises:
+            EngramError: anything the user can mend.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DemoReport:
     """What a demonstration showed.
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from engram_llm.attachment import prepare_cache
+    from engram_llm.evaluation import evaluate
+    from engram_llm.generation import generate
     from engram_llm.loading import (
         LoadedMemory,
         disable_memories,
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
         unload_memories,
     )
     from engram_llm.settings import EvaluateSettings, GenerateSettings, TrainSettings
+    from engram_llm.training.trainer import train
 
 __version__ = "0.1.0"
 
@@ -34,10 +37,13 @@ __all__ = [
     "__version__",
     "disable_memories",
     "enable_memories",
+    "evaluate",
+    "generate",
     "list_memories",
     "load_memory",
     "prepare_cache",
     "set_strength",
+    "train",
     "unload_memories",
 ]
 
@@ -48,10 +54,13 @@ _HOMES = {
     "TrainSettings": "engram_llm.settings",
     "disable_memories": "engram_llm.loading",
     "enable_memories": "engram_llm.loading",
+    "evaluate": "engram_llm.evaluation",
+    "generate": "engram_llm.generation",
     "list_memories": "engram_llm.loading",
     "load_memory": "engram_llm.loading",
     "prepare_cache": "engram_llm.attachment",
     "set_strength": "engram_llm.loading",
+    "train": "engram_llm.training.trainer",
     "unload_memories": "engram_llm.loading",
 }
 

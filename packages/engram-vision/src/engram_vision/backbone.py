@@ -1,4 +1,4 @@
-"""What the backbones of this package share; importing it imports no torch."""
+"""What the backbones of diffusers share; importing it imports no torch."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from engram_vision.families import Family
 from engram_vision.settings import GenerateSettings, TrainSettings
 from engram_vision.shipped import TINY, model_place
 
-__all__ = ["ImageBackbone", "ImageBackboneWithDemo"]
+__all__ = ["DiffusersBackbone", "ImageBackbone", "ImageBackboneWithDemo"]
 
 
-class ImageBackbone:
-    """A family of image generators in diffusers; subclasses say which, and with which settings.
+class DiffusersBackbone:
+    """A family of generators in diffusers; subclasses say which, and with which settings.
 
     Attributes:
         family: the parts of its pipeline.
@@ -53,6 +53,10 @@ class ImageBackbone:
     def default_generate_settings(self, model: str) -> Mapping[str, Any]:
         """Return what suits `tiny`: it needs fewer steps and less guidance."""
         return self.tiny_generate if model == TINY else {}
+
+
+class ImageBackbone(DiffusersBackbone):
+    """A family of image generators."""
 
     def train(
         self, settings: TrainSettings, *, resume: bool = False, overwrite: bool = False, watcher: Watcher | None = None

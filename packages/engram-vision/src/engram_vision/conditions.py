@@ -78,7 +78,8 @@ class Conditioner:
                 "encoder_hidden_states": self._join(states),
                 "pooled_projections": torch.cat([pooled["clip_l"], pooled["clip_g"]], dim=-1),
             }
-        return {"encoder_hidden_states": states["clip_l"]}
+        (alone,) = states.values()
+        return {"encoder_hidden_states": alone}
 
     def _join(self, states: Mapping[str, Tensor]) -> Tensor:
         """Return Stable Diffusion 3's prompt embedding, [B, 333, 4096] (report, section 2.7).

@@ -8,7 +8,18 @@ from typing import Any
 
 from engram_core import InputError
 
-__all__ = ["FAMILIES", "SD15", "SD35", "SDXL", "Family", "TextPart", "family_of"]
+__all__ = [
+    "FAMILIES",
+    "LAST",
+    "SD15",
+    "SD35",
+    "SDXL",
+    "Family",
+    "TextPart",
+    "family_of",
+    "known_families",
+    "register_family",
+]
 
 LAST, PENULTIMATE = "last_hidden_state", "penultimate_hidden_state"
 
@@ -24,6 +35,7 @@ class TextPart:
         site: which of its states the denoiser reads.
         max_length: token ids it reads at most, special ones included.
         optional: whether the pipeline works without it.
+        reads_padding: whether the denoiser reads the states of padding, too.
     """
 
     tokenizer: str
@@ -33,6 +45,7 @@ class TextPart:
     site: str
     max_length: int
     optional: bool = False
+    reads_padding: bool = True
 
     def read_length(self, tokenizer: Any, encoder: Any) -> int:
         """Return how many ids a pipeline with these two gives its encoder."""
@@ -54,6 +67,12 @@ class Family:
         denoiser_class: its class in diffusers.
         streams: stream to the parts that make it up, in the order in which the denoiser reads them.
         pooled: whether the denoiser also reads pooled text states.
+        vae_class: of the autoencoder, in diffusers.
+        latent_field: where the autoencoder's configuration has the number of latent channels.
+        text_field: where the denoiser's configuration has the width of the text states it reads.
+        vae_in_fp32: whether the autoencoder is to compute in float32, whatever the precision.
+        second_denoiser: what the pipeline calls another denoiser that some models have, for the later steps.
+        package: whose folder `tiny` holds the checkpoint that ships, if one does.
     """
 
     name: str
@@ -64,13 +83,20 @@ class Family:
     denoiser_class: str
     streams: Mapping[str, TextPart]
     pooled: bool
+    vae_class: str = "AutoencoderKL"
+    latent_field: str = "latent_channels"
+    text_field: str = "cross_attention_dim"
+    vae_in_fp32: bool = False
+    second_denoiser: str | None = None
+    package: str = "engram_vision"
 
     def modules(self) -> dict[str, tuple[str, str]]:
         """Return the library and class of every module with weights, by the pipeline's name for it."""
         encoders = {part.encoder: ("transformers", part.encoder_class) for part in self.streams.values()}
+        denoisers = [self.denoiser, *([self.second_denoiser] if self.second_denoiser else [])]
         return {
-            self.denoiser: ("diffusers", self.denoiser_class),
-            "vae": ("diffusers", "AutoencoderKL"),
+            **dict.fromkeys(denoisers, ("diffusers", self.denoiser_class)),
+            "vae": ("diffusers", self.vae_class),
             **encoders,
         }
 
@@ -161,9 +187,23 @@ SD35 = Family(
         ),
     },
     pooled=True,
+    text_field="joint_attention_dim",
 )
 
 FAMILIES: Mapping[str, Family] = {family.name: family for family in (SD15, SDXL, SD35)}
+"""The families of image generators."""
+
+_others: dict[str, Family] = {}
+
+
+def register_family(family: Family) -> None:
+    """Make a family of another package known, so that adapters can be loaded into its pipelines."""
+    _others[family.name] = family
+
+
+def known_families() -> Mapping[str, Family]:
+    """Return all families that are known, by name."""
+    return {**FAMILIES, **_others}
 
 
 def family_of(pipeline: Any) -> Family:
@@ -172,15 +212,14 @@ def family_of(pipeline: Any) -> Family:
     Raises:
         InputError: it is of none that is known.
     """
-    if hasattr(pipeline, "text_encoder_3"):
-        family = SD35
-    elif hasattr(pipeline, "text_encoder_2"):
-        family = SDXL
-    else:
-        family = SD15
+    count = 3 if hasattr(pipeline, "text_encoder_3") else 2 if hasattr(pipeline, "text_encoder_2") else 1
+    candidates = [family for family in known_families().values() if len(family.streams) == count]
+    kind = getattr(getattr(getattr(pipeline, "text_encoder", None), "config", None), "model_type", None)
+    firsts = {next(iter(family.streams.values())).model_type: family for family in reversed(candidates)}
+    family = firsts.get(str(kind), candidates[0])
     try:
         family.encoders(pipeline)
     except InputError as error:
-        known = ", ".join(each.title for each in FAMILIES.values())
+        known = ", ".join(each.title for each in known_families().values())
         raise InputError(f"{error}; known families: {known}") from None
     return family

@@ -1,4 +1,4 @@
-"""`engram generate` for pictures: prompts and seeds to PNG files, with and without adapters."""
+"""`engram generate` for what diffusers draws: prompts and seeds to files, with and without adapters."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import json
 import re
 import time
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -44,9 +44,8 @@ from engram_vision.models import load_pipeline, pick_device
 from engram_vision.settings import GenerateSettings, without_streams
 from engram_vision.shipped import model_place
 
-__all__ = ["generate", "make_folder", "save_png"]
+__all__ = ["CANVAS", "Canvas", "generate", "make_folder", "save_png"]
 
-_GRID = "grid.png"
 _LONGEST_PROMPTS = 1 << 20  # bytes of a file with prompts
 
 
@@ -59,13 +58,81 @@ class _Chosen:
     strengths: Mapping[str, float]
 
 
-def generate(settings: GenerateSettings, *, overwrite: bool = False, watcher: Watcher | None = None) -> GenerateReport:
-    """Draw every prompt with every seed and write PNG files, which carry how they were made.
+class Canvas(Protocol):
+    """How one kind of thing is drawn, written and compared.
+
+    Attributes:
+        suffix: of its files.
+        overview: name of the picture that shows everything side by side.
+    """
+
+    @property
+    def suffix(self) -> str:
+        """What its files end in."""
+
+    @property
+    def overview(self) -> str:
+        """Name of the picture that shows everything side by side."""
+
+    def draw(
+        self, pipeline: Any, drawings: Sequence[Drawing], settings: Any, advance: Callable[[int], None]
+    ) -> Sequence[Any]:
+        """Return what is drawn with whatever is loaded; raises InputError when the size does not suit the model."""
+
+    def save(self, thing: Any, path: Path, facts: Mapping[str, str], *, overwrite: bool) -> None:
+        """Write one, with facts about it; it appears whole or not at all."""
+
+    def compare(self, variants: Sequence[str], rows: Sequence[tuple[str, Sequence[Any]]]) -> Image.Image:
+        """Return a picture of labelled rows, each with a thing for every variant."""
+
+
+class _PictureCanvas:
+    suffix, overview = ".png", "grid.png"
+
+    def draw(
+        self,
+        pipeline: Any,
+        drawings: Sequence[Drawing],
+        settings: GenerateSettings,
+        advance: Callable[[int], None],
+    ) -> list[Image.Image]:
+        return draw(
+            pipeline,
+            drawings,
+            steps=settings.steps,
+            guidance=settings.guidance,
+            negative=settings.negative,
+            width=settings.width,
+            height=settings.height,
+            batch_size=settings.batch_size,
+            advance=advance,
+        )
+
+    def save(self, thing: Image.Image, path: Path, facts: Mapping[str, str], *, overwrite: bool) -> None:
+        save_png(thing, path, facts, overwrite=overwrite)
+
+    def compare(self, variants: Sequence[str], rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
+        return draw_grid(variants, rows)
+
+
+CANVAS: Canvas = _PictureCanvas()
+"""Draws pictures."""
+
+
+def generate(
+    settings: GenerateSettings,
+    *,
+    overwrite: bool = False,
+    watcher: Watcher | None = None,
+    canvas: Canvas = CANVAS,
+) -> GenerateReport:
+    """Draw every prompt with every seed and write files, which carry how they were made.
 
     Args:
         settings: what to draw.
         overwrite: replace files of the same names.
         watcher: hears how it goes, and which triggers do not fire.
+        canvas: what is drawn.
 
     Raises:
         InputError: prompts, strengths or the model cannot be used.
@@ -80,8 +147,9 @@ def generate(settings: GenerateSettings, *, overwrite: bool = False, watcher: Wa
     drawings = [Drawing(prompt=prompt, seed=seed) for prompt in _prompts(settings) for seed in settings.seeds]
     adapters = _adapters(settings)
     variants = (["base"] if settings.compare or not adapters else []) + (["engram"] if adapters else [])
-    paths = {variant: _paths(settings, drawings, variant, alone=len(variants) == 1) for variant in variants}
-    grid_path = settings.output / _GRID if settings.compare or settings.grid else None
+    endings = {variant: canvas.suffix if len(variants) == 1 else f"-{variant}{canvas.suffix}" for variant in variants}
+    paths = {variant: _paths(settings, drawings, endings[variant]) for variant in variants}
+    grid_path = settings.output / canvas.overview if settings.compare or settings.grid else None
     _check_targets(
         [*(path for group in paths.values() for path in group), *([grid_path] if grid_path else [])], overwrite
     )
@@ -99,7 +167,7 @@ def generate(settings: GenerateSettings, *, overwrite: bool = False, watcher: Wa
         watcher.note(sentence)
     make_folder(settings.output)
 
-    pictures: dict[str, list[Image.Image]] = {}
+    drawn: dict[str, Sequence[Any]] = {}
     files: list[Generated] = []
     watcher.begin("drawing", len(drawings) * len(variants))
     for number, variant in enumerate(variants):
@@ -108,28 +176,23 @@ def generate(settings: GenerateSettings, *, overwrite: bool = False, watcher: Wa
         else:
             disable_engrams(pipeline)
         before = number * len(drawings)
-        pictures[variant] = draw(
+        drawn[variant] = canvas.draw(
             pipeline,
             drawings,
-            steps=settings.steps,
-            guidance=settings.guidance,
-            negative=settings.negative,
-            width=settings.width,
-            height=settings.height,
-            batch_size=settings.batch_size,
-            advance=lambda done, before=before: watcher.advance(before + done),  # type: ignore[misc]
+            settings,
+            lambda done, before=before: watcher.advance(before + done),  # type: ignore[misc]
         )
         engrams = _engrams(pipeline) if variant == "engram" else "[]"
         identity = _identity(pipeline, engrams) if variant == "engram" else None
-        for image, drawing, path in zip(pictures[variant], drawings, paths[variant], strict=True):
-            save_png(image, path, _facts(settings, drawing, engrams), overwrite=overwrite)
+        for thing, drawing, path in zip(drawn[variant], drawings, paths[variant], strict=True):
+            canvas.save(thing, path, _facts(settings, drawing, engrams), overwrite=overwrite)
             files.append(Generated(path=path, prompt=drawing.prompt, seed=drawing.seed, identity=identity))
     if grid_path:
         rows = [
-            (f"{drawing.prompt}\n(seed {drawing.seed})", [pictures[variant][row] for variant in variants])
+            (f"{drawing.prompt}\n(seed {drawing.seed})", [drawn[variant][row] for variant in variants])
             for row, drawing in enumerate(drawings)
         ]
-        save_png(draw_grid(variants, rows), grid_path, {}, overwrite=overwrite)
+        save_png(canvas.compare(variants, rows), grid_path, {}, overwrite=overwrite)
     watcher.end()
     return GenerateReport(files=tuple(files), grid=grid_path, seconds=time.monotonic() - started)
 
@@ -282,10 +345,9 @@ def _facts(settings: GenerateSettings, drawing: Drawing, engrams: str) -> dict[s
     }
 
 
-def _paths(settings: GenerateSettings, drawings: Sequence[Drawing], variant: str, *, alone: bool) -> list[Path]:
-    ending = "" if alone else f"-{variant}"
+def _paths(settings: GenerateSettings, drawings: Sequence[Drawing], ending: str) -> list[Path]:
     return [
-        settings.output / f"{number:03d}-{_slug(drawing.prompt)}-{drawing.seed}{ending}.png"
+        settings.output / f"{number:03d}-{_slug(drawing.prompt)}-{drawing.seed}{ending}"
         for number, drawing in enumerate(drawings)
     ]
 

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from engram_core import Adapter, InputError, Matcher
 from engram_core.torch import Residual, match_tensor
-from engram_vision.families import PENULTIMATE
+from engram_vision.families import PENULTIMATE, known_families
 
 __all__ = ["TextEdit", "attach", "attached", "detach"]
 
@@ -31,6 +31,7 @@ class TextEdit:
         stream: the adapter's stream that belongs to the encoder.
         strength: one factor, or concept name to factor.
         site: which of the encoder's states is edited.
+        reads_padding: whether the denoiser reads the states of padding, too.
         matcher, residual: prepared from these; see `TextEdit.of`.
     """
 
@@ -38,14 +39,16 @@ class TextEdit:
     stream: str
     strength: float | Mapping[str, float]
     site: str
+    reads_padding: bool
     matcher: Matcher
     residual: Residual
 
     @classmethod
     def of(cls, adapter: Adapter, stream: str, strength: float | Mapping[str, float] = 1.0) -> TextEdit:
         """Prepare one stream of an adapter."""
-        site = adapter.manifest.streams[stream].site
-        return cls(adapter, stream, strength, site, Matcher(adapter, stream), Residual(adapter, stream))
+        site, family = adapter.manifest.streams[stream].site, known_families().get(adapter.manifest.backbone)
+        reads_padding = family is None or family.streams[stream].reads_padding
+        return cls(adapter, stream, strength, site, reads_padding, Matcher(adapter, stream), Residual(adapter, stream))
 
     def with_strength(self, strength: float | Mapping[str, float]) -> TextEdit:
         """Return the same edit with another strength; nothing is prepared anew."""
@@ -116,12 +119,16 @@ def _edit(encoder: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
     matches = match_tensor(edit.matcher, ids.reshape(-1, ids.shape[-1]))
     if not len(matches):
         return None
-    return _edit_penultimate(edit, matches, output) if edit.site == PENULTIMATE else _edit_last(edit, matches, *rest)
+    if edit.site == PENULTIMATE:
+        return _edit_penultimate(edit, matches, output)
+    mask = None if edit.reads_padding else kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    return _edit_last(edit, matches, mask, kwargs, output)
 
 
-def _edit_last(edit: TextEdit, matches: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
+def _edit_last(edit: TextEdit, matches: Any, mask: Tensor | None, kwargs: Mapping[str, Any], output: Any) -> Any:
     hidden = output[0]
-    edited = edit.residual.apply(hidden, matches, strength=edit.strength)
+    lengths = None if mask is None else mask.gt(0).sum(dim=-1)
+    edited = edit.residual.apply(hidden, matches, strength=edit.strength, lengths=lengths)
     if edited is hidden:
         return None
     if kwargs.get("output_hidden_states"):

@@ -6,30 +6,27 @@ the run are gone through for real, backward pass included, while the bytes are c
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import warnings
-import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from engram_vision.families import LAST, SD35, Family, TextPart
+from engram_vision.meter import FusedAttention, measured, n_bytes, tensors_of
 from engram_vision.models import DTYPES
 from engram_vision.quiet import quiet_libraries
 from engram_vision.settings import Precision
 from engram_vision.shipped import model_place
-from engram_vision.training.frozen import TEXTS_AT_ONCE, views_at_once
+from engram_vision.training.frozen import TEXTS_AT_ONCE
 
-__all__ = ["Estimate", "estimate_memory", "offload_blocks"]
+__all__ = ["Estimate", "Probe", "estimate_memory", "estimate_with", "offload_blocks", "views_at_once"]
 
 _META = torch.device("meta")
 # What reading strangers' configurations, and running what they describe, may raise.
@@ -78,12 +75,67 @@ class Estimate:
         )
 
 
+class Probe(Protocol):
+    """Goes through the parts of a run whose shapes depend on what is drawn, with tensors on the meta device."""
+
+    def encode(self, vae: Any) -> None:
+        """Run the autoencoder over as many samples as it gets at once."""
+
+    def step(self, denoiser: Any) -> None:
+        """Run the denoiser and go back to the text states, which need gradients."""
+
+    def describe(self) -> str:
+        """Return the size in words, as `at 512 px`."""
+
+
 def estimate_memory(
     family: Family,
     model: str,
     *,
     precision: Precision,
     resolution: int | None,
+    batch_size: int,
+    gradient_checkpointing: bool,
+    low_memory: bool,
+    without: Collection[str] = (),
+) -> Estimate | None:
+    """Return what training on pictures will need; see `estimate_with`.
+
+    Args:
+        family: what kind of model it is.
+        model: hub id, folder in diffusers layout, single file, or `tiny`.
+        precision: number type of the weights.
+        resolution: pixels a side; None means the model's own.
+        batch_size: pictures a step on one device.
+        gradient_checkpointing: whether the denoiser's own is on.
+        low_memory: whether the denoiser's blocks take turns on the device, each a gradient checkpoint.
+        without: streams whose optional text encoders are not loaded.
+    """
+
+    def make_probe(modules: Mapping[str, Any]) -> Probe:
+        denoiser = modules[family.denoiser]
+        factor = 2 ** (len(modules["vae"].config.block_out_channels) - 1)
+        pixels = resolution or int(denoiser.config.sample_size) * factor
+        return _PictureProbe(family, pixels, factor, batch_size)
+
+    return estimate_with(
+        make_probe,
+        family,
+        model,
+        precision=precision,
+        batch_size=batch_size,
+        gradient_checkpointing=gradient_checkpointing,
+        low_memory=low_memory,
+        without=without,
+    )
+
+
+def estimate_with(
+    make_probe: Callable[[Mapping[str, Any]], Probe],
+    family: Family,
+    model: str,
+    *,
+    precision: Precision,
     batch_size: int,
     gradient_checkpointing: bool,
     low_memory: bool,
@@ -98,11 +150,11 @@ def estimate_memory(
     plain one, as with some devices and head sizes, a step needs more.
 
     Args:
+        make_probe: given the modules by name, what runs them.
         family: what kind of model it is.
         model: hub id, folder in diffusers layout, single file, or `tiny`.
         precision: number type of the weights.
-        resolution: pixels a side; None means the model's own.
-        batch_size: pictures a step on one device.
+        batch_size: samples a step on one device.
         gradient_checkpointing: whether the denoiser's own is on.
         low_memory: whether the denoiser's blocks take turns on the device, each a gradient checkpoint.
         without: streams whose optional text encoders are not loaded.
@@ -114,7 +166,7 @@ def estimate_memory(
             return _estimate(
                 family,
                 modules,
-                resolution=resolution,
+                make_probe(modules),
                 batch_size=batch_size,
                 gradient_checkpointing=gradient_checkpointing,
                 low_memory=low_memory,
@@ -123,14 +175,20 @@ def estimate_memory(
         return None
 
 
+def views_at_once(pixels: int) -> int:
+    """Return how many pictures of some pixels a side the VAE encodes at once: of large ones a single one fills it."""
+    return max(1, min(4, 4 * 512**2 // pixels**2))
+
+
 def offload_blocks(denoiser: Any) -> list[nn.Module]:
     """Return the parts of a denoiser that can take turns on a device: together nearly all its weights, each small.
 
     Args:
-        denoiser: a transformer with `transformer_blocks`, or a `UNet2DConditionModel`.
+        denoiser: a transformer with `transformer_blocks` or `blocks`, or a `UNet2DConditionModel`.
     """
-    if hasattr(denoiser, "transformer_blocks"):
-        return list(denoiser.transformer_blocks)
+    for name in ("transformer_blocks", "blocks"):
+        if hasattr(denoiser, name):
+            return list(getattr(denoiser, name))
     parts: list[nn.Module] = []
     for level in (*denoiser.down_blocks, denoiser.mid_block, *denoiser.up_blocks):
         if level is None:
@@ -168,7 +226,7 @@ def _build(family: Family, source: str, dtype: torch.dtype, without: Collection[
             build = functools.partial(module_class, module_class.config_class.from_pretrained(source, subfolder=name))
         with _META:
             module: nn.Module = build()
-        module.to(dtype).requires_grad_(False)
+        module.to(torch.float32 if name == "vae" and family.vae_in_fp32 else dtype).requires_grad_(False)
         if dtype == torch.float16:
             for place, part in module.named_modules():
                 if place.rpartition(".")[2] in (getattr(module, "_keep_in_fp32_modules", None) or ()):
@@ -180,34 +238,34 @@ def _build(family: Family, source: str, dtype: torch.dtype, without: Collection[
 def _estimate(
     family: Family,
     modules: Mapping[str, Any],
+    probe: Probe,
     *,
-    resolution: int | None,
     batch_size: int,
     gradient_checkpointing: bool,
     low_memory: bool,
 ) -> Estimate:
-    denoiser, vae = modules[family.denoiser], modules["vae"]
-    sizes = {name: _n_bytes(_tensors(module)) for name, module in modules.items()}
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    pixels = resolution or int(denoiser.config.sample_size) * factor
+    denoiser = modules[family.denoiser]
+    sizes = {name: n_bytes(tensors_of(module)) for name, module in modules.items()}
     encoders = {
         f"{stream} encoder": (sizes[part.encoder], _measure_encoder(modules[part.encoder], part))
         for stream, part in family.streams.items()
         if part.encoder in modules
     }
-    encoders["VAE"] = _measure_vae(vae, pixels)
+    encoders["VAE"] = _measure_vae(modules["vae"], probe)
     encoder = max(encoders, key=lambda name: sum(encoders[name]))
     blocks = offload_blocks(denoiser)
     weights = sizes[family.denoiser]
     if low_memory:
-        inside = [_n_bytes(block.parameters()) for block in blocks]
+        inside = [n_bytes(block.parameters()) for block in blocks]
         weights += max(inside) - sum(inside)
         for block in blocks:
             block.forward = functools.partial(_checkpoint, block.forward)
     elif gradient_checkpointing:
         denoiser.enable_gradient_checkpointing(_checkpoint)
     denoiser.train()
-    activations = _measure_step(family, denoiser, batch_size, pixels // factor)
+    with measured(denoiser) as meter:
+        probe.step(denoiser)
+    activations = meter.peak
     how = "low memory" if low_memory else f"{'' if gradient_checkpointing else 'no '}gradient checkpointing"
     return Estimate(
         modules=sizes,
@@ -219,23 +277,32 @@ def _estimate(
         denoiser=f"one block at a time of the {family.denoiser}" if low_memory else family.denoiser,
         weights=weights,
         activations=activations,
-        conditions=f"at {pixels} px, batch {batch_size}, {how}",
+        conditions=f"{probe.describe()}, batch {batch_size}, {how}",
     )
 
 
-def _measure_step(family: Family, denoiser: Any, batch_size: int, side: int) -> int:
-    """Return the peak bytes of a pass through the denoiser and back to the text states, weights apart."""
-    config, dtype = denoiser.config, denoiser.dtype
+class _PictureProbe:
+    """Pictures of one size, through the denoiser of a family."""
 
-    def empty(*shape: int, **options: Any) -> Tensor:
-        return torch.empty(batch_size, *shape, dtype=dtype, device=_META, **options)
+    def __init__(self, family: Family, pixels: int, factor: int, batch_size: int) -> None:
+        self._family, self._pixels, self._factor, self._batch_size = family, pixels, factor, batch_size
 
-    clip = max(part.max_length for part in family.streams.values() if part.model_type != "t5")
-    with _measured(denoiser) as meter:
+    def encode(self, vae: Any) -> None:
+        pixels = self._pixels
+        vae.encode(torch.empty(views_at_once(pixels), 3, pixels, pixels, dtype=vae.dtype, device=_META))
+
+    def step(self, denoiser: Any) -> None:
+        config, dtype, batch_size = denoiser.config, denoiser.dtype, self._batch_size
+
+        def empty(*shape: int, **options: Any) -> Tensor:
+            return torch.empty(batch_size, *shape, dtype=dtype, device=_META, **options)
+
+        streams = self._family.streams
+        clip = max(part.max_length for part in streams.values() if part.model_type != "t5")
         inputs: dict[str, Any] = {"timestep": torch.empty(batch_size, dtype=torch.float32, device=_META)}
-        if family is SD35:
+        if self._family is SD35:
             # Where T5 is left out, zeros stand for its states.
-            length = clip + family.streams["t5"].max_length
+            length = clip + streams["t5"].max_length
             inputs["encoder_hidden_states"] = empty(length, config.joint_attention_dim, requires_grad=True)
             inputs["pooled_projections"] = empty(config.pooled_projection_dim)
         else:
@@ -243,119 +310,42 @@ def _measure_step(family: Family, denoiser: Any, batch_size: int, side: int) -> 
             if config.addition_embed_type == "text_time":
                 pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
                 inputs["added_cond_kwargs"] = {"text_embeds": empty(pooled), "time_ids": empty(6)}
+        side = self._pixels // self._factor
         guess = denoiser(empty(config.in_channels, side, side), **inputs, return_dict=False)[0]
         guess.backward(torch.empty_like(guess))
-    return meter.peak
+
+    def describe(self) -> str:
+        return f"at {self._pixels} px"
 
 
 @torch.no_grad()
-def _measure_vae(vae: Any, pixels: int) -> tuple[int, int]:
-    """Return the bytes of the weights, and the peak of everything else while pictures are encoded."""
-    if vae.dtype == torch.float16 and vae.config.force_upcast:
+def _measure_vae(vae: Any, probe: Probe) -> tuple[int, int]:
+    """Return the bytes of the weights, and the peak of everything else while samples are encoded."""
+    if vae.dtype == torch.float16 and vae.config.get("force_upcast"):
         vae.float()  # as it is for encoding
-    with _measured(vae) as meter:
-        vae.encode(torch.empty(views_at_once(pixels), 3, pixels, pixels, dtype=vae.dtype, device=_META))
-    return _n_bytes(_tensors(vae)), meter.peak
+    with measured(vae) as meter:
+        probe.encode(vae)
+    return n_bytes(tensors_of(vae)), meter.peak
 
 
 @torch.no_grad()
 def _measure_encoder(encoder: Any, part: TextPart) -> int:
     """Return the peak bytes, weights apart, while texts are encoded."""
     length = min(part.max_length, getattr(encoder.config, "max_position_embeddings", part.max_length))
-    with _measured(encoder) as meter:
+    with measured(encoder) as meter:
         ids = torch.zeros(TEXTS_AT_ONCE, length, dtype=torch.long, device=_META)
         encoder(ids, output_hidden_states=part.site != LAST)
     return meter.peak
-
-
-@contextlib.contextmanager
-def _measured(module: nn.Module) -> Iterator[_Meter]:
-    """Count the bytes of what is made in the block, as long as each lives, with attention as a GPU does it."""
-    meter: Any = _Meter(module)
-    with meter, _FusedAttention():
-        yield meter
-
-
-class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of tensors as long as they live, those of a module apart.
-
-    Attributes:
-        peak: the most at any time.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.peak = self._now = 0
-        self._weights = [tensor.untyped_storage() for tensor in _tensors(module)]
-        self._known = set(map(id, self._weights))
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, Tensor):
-                self._add(tensor.untyped_storage())
-        return result
-
-    def _add(self, storage: Any) -> None:
-        # A storage's Python object lives as long as its memory, which views share.
-        key, size = id(storage), storage.nbytes()
-        if key not in self._known:
-            self._known.add(key)
-            self._now += size
-            self.peak = max(self.peak, self._now)
-            weakref.finalize(storage, self._remove, key, size)
-
-    def _remove(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self._now -= size
-
-
-class _FusedAttention(TorchFunctionMode):
-    """Puts the memory use of fused attention kernels in place of what the meta device does, which keeps scores."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            given = {**dict(zip(("query", "key", "value"), args, strict=False)), **(kwargs or {})}
-            return _Attention.apply(given["query"], given["key"], given["value"])
-        return func(*args, **(kwargs or {}))
-
-
-class _Attention(torch.autograd.Function):
-    """What FlashAttention-2 (arXiv:2307.08691) keeps: inputs, output, and a float32 for each query and head."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = query.new_empty(*query.shape[:-1], value.shape[-1])
-        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value = ctx.saved_tensors[:3]
-        sums = torch.empty_like(grad, dtype=torch.float32)  # of the queries' gradient, from many blocks
-        return sums.to(query.dtype), torch.empty_like(key), torch.empty_like(value)
 
 
 def _checkpoint(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Run a part of the denoiser as a gradient checkpoint."""
 
     def again(*args: Any, **kwargs: Any) -> Any:
-        with _FusedAttention():  # off in the backward pass, which runs it a second time
+        with FusedAttention():  # off in the backward pass, which runs it a second time
             return run(*args, **kwargs)
 
     return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-
-def _tensors(module: nn.Module) -> Sequence[Tensor]:
-    return [*module.parameters(), *module.buffers()]
-
-
-def _n_bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _gigabytes(size: int) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from engram_core import InputError
-from engram_vision.families import SD15, Family
+from engram_vision.families import SD15, SD35, Family
 from engram_vision.quiet import quiet_libraries
 from engram_vision.settings import Device, Precision
 from engram_vision.shipped import TINY, model_place, tiny_fingerprint
@@ -93,17 +93,19 @@ def check_pipeline(family: Family, pipeline: Any, model: str) -> None:
     if missing:
         raise InputError(f"{model}: has no {', '.join(missing)}; expected a whole {family.title} model")
     denoiser = getattr(pipeline, family.denoiser).config
-    if denoiser.in_channels != pipeline.vae.config.latent_channels:
+    latent_channels = pipeline.vae.config[family.latent_field]
+    if denoiser.in_channels != latent_channels:
         raise InputError(
-            f"{model}: its {family.denoiser} has {denoiser.in_channels} input channels, text to image has "
-            f"{pipeline.vae.config.latent_channels}; inpainting and depth models are not supported"
+            f"{model}: its {family.denoiser} has {denoiser.in_channels} input channels, its vae {latent_channels}; "
+            "models that also read a picture (inpainting, depth, image to video) are not supported"
         )
     widths = {part.encoder: _width(pipeline, part.encoder) for part in family.streams.values()}
     if family is SD15 and widths["text_encoder"] == 1024:  # OpenCLIP ViT-H, its last state but one
         raise InputError(f"{model}: is Stable Diffusion 2 (text states of width 1024), expected 1.x")
-    read = denoiser.cross_attention_dim if family.denoiser == "unet" else denoiser.joint_attention_dim
-    clip = sum(widths[part.encoder] for part in family.streams.values() if part.model_type == "clip_text_model")
-    fits = clip == read if family.denoiser == "unet" else clip <= read == (widths["text_encoder_3"] or read)
+    read = denoiser[family.text_field]
+    beside = sum(width for name, width in widths.items() if not (family is SD35 and name == "text_encoder_3"))
+    # Stable Diffusion 3 fills the CLIPs' states up to the width of T5's, which follow them.
+    fits = beside <= read == (widths["text_encoder_3"] or read) if family is SD35 else beside == read
     if not fits:
         given = ", ".join(f"{name} {width}" for name, width in widths.items() if width)
         raise InputError(
@@ -164,7 +166,7 @@ class _Loader:
         stem = family.pipeline_class.removesuffix("Pipeline")
         if not kind.startswith(stem) or (family is SD15 and ("3" in kind or "XL" in kind)):
             raise InputError(f"{self._model}: is a {kind}, expected a {family.title} model ({family.pipeline_class})")
-        optional = {part.encoder for part in family.streams.values() if part.optional}
+        optional = {part.encoder for part in family.streams.values() if part.optional} | {family.second_denoiser}
         for name, (_, expected) in family.modules().items():
             found = index.get(name)
             if name in optional and found in (None, [None, None]):
@@ -179,7 +181,8 @@ class _Loader:
             if name in self._absent or index.get(name) in (None, [None, None]):
                 continue
             loader = getattr(importlib.import_module(library), kind).from_pretrained
-            options = {"subfolder": name, "torch_dtype": self._dtype, "output_loading_info": True}
+            dtype = torch.float32 if name == "vae" and self._family.vae_in_fp32 else self._dtype
+            options = {"subfolder": name, "torch_dtype": dtype, "output_loading_info": True}
             modules[name], report = self._load(remedy, loader, source, **options)
             self._expect_whole(name, report["missing_keys"])
         return self._load(remedy, self._pipeline_class().from_pretrained, source, **modules, **self._options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -13,6 +13,7 @@ from engram_vision.families import SD15, SD35, SDXL, Family
 __all__ = [
     "Device",
     "GenerateSettings",
+    "ImageTrainSettings",
     "Precision",
     "SD15GenerateSettings",
     "SD15TrainSettings",
@@ -21,6 +22,7 @@ __all__ = [
     "SDXLGenerateSettings",
     "SDXLTrainSettings",
     "TrainSettings",
+    "too_low",
     "without_streams",
 ]
 
@@ -34,7 +36,7 @@ class TrainSettings:
 
     Attributes:
         family: the model family (not a setting).
-        data: folder of pictures with captions (`metadata.jsonl`, `.txt` files beside the pictures, or
+        data: folder of pictures or clips with captions (`metadata.jsonl`, `.txt` files beside them, or
             TinyEngram's `metadata.json`).
         trigger: the phrase that will recall the subject.
         output: adapter file to write.
@@ -53,27 +55,24 @@ class TrainSettings:
         init_std: standard deviation of random vectors.
         init_scale: first value of the scales.
         steps: optimizer steps in all.
-        batch_size: pictures a step on one device.
+        batch_size: samples a step on one device.
         accumulate: batches whose gradients add up to one step.
         vector_rate, scale_rate: peak learning rates of vectors and of scales.
         warm_up: steps in which the rates rise from 0.
         schedule: what follows: `linear` decay to 0, `cosine` to 0, or `constant`.
         weight_decay: of AdamW, for vectors and scales.
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
-        resolution: pixels a side; None means the model's own.
-        flip: also learn from the mirror images.
-        crops: random square crops of each picture that are encoded and kept; 1 is the centre alone.
         precision: number type of the frozen model; vectors and scales are always float32.
         gradient_checkpointing: spend time to save memory.
         low_memory: keep one block of the denoiser at a time on the device, with gradient checkpointing; slower.
         device: where to train.
         seed: of everything random.
-        validation_data: folder of pictures to measure the loss on; None measures on the training pictures,
-            with noise and times of their own.
+        validation_data: folder to measure the loss on; None measures on the training data, with noise and times of
+            their own.
         validate_every: steps between validations; 0 never validates.
-        validation_draws: noises and times for each validation picture, the same at every validation.
+        validation_draws: noises and times for each validation sample, the same at every validation.
         keep: which vectors are written at the end: of the `best` validation, or the `last`.
-        preview_every: steps between preview pictures; 0 makes none.
+        preview_every: steps between previews; 0 makes none.
         preview_prompts: what to preview; empty means the trigger alone.
         save_every: steps between saved states.
         tracker: also report to TensorBoard or Weights & Biases.
@@ -107,9 +106,6 @@ class TrainSettings:
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     weight_decay: float = 1e-2
     max_grad_norm: float = 1.0
-    resolution: int | None = None
-    flip: bool = False
-    crops: int = 1
     precision: Precision = "fp32"
     gradient_checkpointing: bool = False
     low_memory: bool = False
@@ -126,13 +122,9 @@ class TrainSettings:
 
     def faults(self) -> Iterator[str]:
         """Yield what is wrong with the values."""
-        low = {"max_ngram": 2, "steps": 1, "batch_size": 1, "accumulate": 1, "crops": 1, "save_every": 1}
+        low = {"max_ngram": 2, "steps": 1, "batch_size": 1, "accumulate": 1, "save_every": 1}
         low |= {"warm_up": 0, "validate_every": 0, "validation_draws": 1, "preview_every": 0, "seed": 0}
-        low |= {"resolution": 8}
-        for name, least in low.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                yield f"{name} is {value}, expected at least {least}"
+        yield from too_low(self, low)
         for name in ("vector_rate", "scale_rate", "weight_decay", "init_std", "max_grad_norm"):
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
@@ -148,7 +140,27 @@ class TrainSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SD15TrainSettings(TrainSettings):
+class ImageTrainSettings(TrainSettings):
+    """How a concept is trained from pictures.
+
+    Attributes:
+        resolution: pixels a side; None means the model's own.
+        flip: also learn from the mirror images.
+        crops: random square crops of each picture that are encoded and kept; 1 is the centre alone.
+    """
+
+    resolution: int | None = None
+    flip: bool = False
+    crops: int = 1
+
+    def faults(self) -> Iterator[str]:
+        """Yield what is wrong with the values."""
+        yield from TrainSettings.faults(self)  # a slotted dataclass is made anew, which super() does not bear
+        yield from too_low(self, {"resolution": 8, "crops": 1})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SD15TrainSettings(ImageTrainSettings):
     """How a concept is trained for Stable Diffusion 1.x.
 
     Attributes:
@@ -162,7 +174,7 @@ class SD15TrainSettings(TrainSettings):
 
     def faults(self) -> Iterator[str]:
         """Yield what is wrong with the values."""
-        yield from TrainSettings.faults(self)  # a slotted dataclass is made anew, which super() does not bear
+        yield from ImageTrainSettings.faults(self)
         if self.min_snr is not None and not 0 < self.min_snr < float("inf"):
             yield f"min_snr is {self.min_snr}, expected a finite number above 0"
 
@@ -181,7 +193,7 @@ class SDXLTrainSettings(SD15TrainSettings):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SD35TrainSettings(TrainSettings):
+class SD35TrainSettings(ImageTrainSettings):
     """How a concept is trained for Stable Diffusion 3.5; the defaults are the published script's.
 
     Attributes:
@@ -203,7 +215,7 @@ class SD35TrainSettings(TrainSettings):
 
     def faults(self) -> Iterator[str]:
         """Yield what is wrong with the values."""
-        yield from TrainSettings.faults(self)
+        yield from ImageTrainSettings.faults(self)
         if not abs(self.logit_mean) < float("inf"):
             yield f"logit_mean is {self.logit_mean}, expected a finite number"
         if not 0 < self.logit_std < float("inf"):
@@ -309,6 +321,14 @@ class SD35GenerateSettings(GenerateSettings):
     batch_size: int = 1
     precision: Precision = "bf16"
     without_t5: bool = False
+
+
+def too_low(settings: object, least: Mapping[str, int]) -> Iterator[str]:
+    """Yield a sentence for each named value that is below its least one; None is never too low."""
+    for name, limit in least.items():
+        value = getattr(settings, name)
+        if value is not None and value < limit:
+            yield f"{name} is {value}, expected at least {limit}"
 
 
 def without_streams(settings: TrainSettings | GenerateSettings) -> tuple[str, ...]:

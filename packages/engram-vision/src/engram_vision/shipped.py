@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 from engram_core import InputError
+from engram_vision.families import known_families
 
 __all__ = [
     "TINY",
@@ -30,11 +32,22 @@ def tiny_folder(backbone: str) -> Path:
     Raises:
         InputError: none ships for it.
     """
-    folder = _ROOT / backbone
+    family = known_families().get(backbone)
+    folder = _root_of(family.package if family else "engram_vision") / backbone
     if not folder.is_dir():
-        there = sorted(path.parent.name for path in _ROOT.glob("*/model_index.json"))
+        roots = {_root_of(each.package) for each in known_families().values()}
+        there = sorted(path.parent.name for root in roots for path in root.glob("*/model_index.json"))
         raise InputError(f"no {TINY!r} model ships for {backbone}, only for {', '.join(there)}; pass --model")
     return _existing(folder, "model_index.json")
+
+
+@cache
+def _root_of(package: str) -> Path:
+    """Return the folder of what ships with a package, which need not be imported for that."""
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        raise InputError(f"{package} is not installed in full; install it again")
+    return Path(spec.origin).parent / "tiny"
 
 
 def model_place(backbone: str, model: str) -> str:
@@ -69,10 +82,11 @@ def tiny_fingerprint(backbone: str) -> str:
 def known_fingerprint(place: str) -> str | None:
     """Return the fingerprint of the model in a folder where it is one that ships; None for others."""
     path = Path(place)
-    return tiny_fingerprint(path.name) if path.parent == _ROOT and path.is_dir() else None
+    ships = any(path == _root_of(family.package) / family.name for family in known_families().values())
+    return tiny_fingerprint(path.name) if ships and path.is_dir() else None
 
 
 def _existing(folder: Path, file: str) -> Path:
     if not (folder / file).is_file():
-        raise InputError(f"{folder}: {file} is missing; install engram-vision again, or run its recipe")
+        raise InputError(f"{folder}: {file} is missing; install its package again, or run its recipe")
     return folder

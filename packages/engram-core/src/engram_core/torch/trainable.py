@@ -119,13 +119,14 @@ class TrainableConcept(nn.Module):
         self.record = record
         self.streams = nn.ModuleDict(streams)
 
-    def forward(self, states: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    def forward(self, states: Mapping[str, tuple[Tensor, Tensor, Tensor | None]]) -> dict[str, Tensor]:
         """Return the edited states of each stream.
 
         Args:
-            states: stream to frozen states [B, L, d] and token ids [B, L].
+            states: stream to frozen states [B, L, d], token ids [B, L], and the positions that the generator reads [B];
+                None means all.
         """
-        return {name: self.streams[name](hidden, ids) for name, (hidden, ids) in states.items()}
+        return {name: self.streams[name](*parts) for name, parts in states.items()}
 
     def stream(self, name: str) -> TrainableStream:
         """Return one stream's memory."""

@@ -1,7 +1,7 @@
 """Which latents, noises, times and captions a step sees: a function of seed and step alone.
 
 A run can therefore stop and go on anywhere, and several processes agree without talking.
-Shapes: B samples, V views, latents [B, c, h, w].
+Shapes: B samples, V views, latents [B, c, ...].
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Batch:
     """What one pass through the denoiser needs, on the host.
 
     Attributes:
-        latents, noise: float32 [B, c, h, w].
+        latents, noise: float32 [B, c, ...].
         times: [B], as the objective draws them.
         texts: int64 [B], rows of the frozen texts.
     """

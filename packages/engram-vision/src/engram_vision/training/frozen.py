@@ -1,7 +1,7 @@
-"""What the frozen model makes of the training data, computed once: latents of pictures, states of captions.
+"""What the frozen model makes of the training data, computed once: latents of pictures or clips, states of captions.
 
 Every part is on the device only while it works, one at a time: beside T5 there is no room for others.
-Shapes: V views (pictures, mirrored and cropped), T texts, L positions, d width, p width of pooled states.
+Shapes: V views of the items (mirrored, cropped), T texts, L positions, d width, p width of pooled states.
 """
 
 from __future__ import annotations
@@ -9,35 +9,43 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from engram_core import InputError, Registry, StreamTokenizer, Variant
 from engram_core.registry import CONTEXTS
 from engram_vision.conditions import prompt_length
-from engram_vision.dataset import CaptionedImage, caption_with
+from engram_vision.dataset import caption_with
 from engram_vision.families import PENULTIMATE, SD35, Family
-from engram_vision.images import Note, fit_square, ignore_note, load_picture
-from engram_vision.quiet import quiet_libraries
 
 __all__ = [
     "TEXTS_AT_ONCE",
+    "Captioned",
     "FrozenData",
     "FrozenTexts",
+    "Latents",
     "TextReader",
-    "encode_views",
+    "digest_parts",
     "freeze",
     "vary_caption",
-    "views_at_once",
 ]
 
 TEXTS_AT_ONCE = 16
 
-Advance = Callable[[int], None]
+
+class Captioned(Protocol):
+    """A picture or a clip with its caption."""
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+
+    @property
+    def caption(self) -> str:
+        """What it shows, with the trigger."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -48,11 +56,13 @@ class FrozenTexts:
         ids: int64 [T, L].
         states: [T, L, d] in the encoder's number type.
         pooled: [T, p], where the denoiser reads such.
+        lengths: int64 [T], tokens that the denoiser reads; None means all L.
     """
 
     ids: Tensor
     states: Tensor
-    pooled: Tensor | None
+    pooled: Tensor | None = None
+    lengths: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -60,10 +70,10 @@ class FrozenData:
     """A training or validation set after the frozen models have seen it.
 
     Attributes:
-        mean, std: the latents' distributions, float32 [V, c, h, w], scaled as the denoiser expects.
+        mean, std: the latents' distributions, float32 [V, c, ...], scaled as the denoiser expects.
         texts: stream to the captions in all their forms.
         captions: V tuples of rows of `texts`: first the caption as written, then with the trigger in other forms.
-        origin: digests of the `pictures` and `captions` that went in, alike on every machine.
+        origin: digests of the `pictures` or `clips` and of the `captions` that went in, alike on every machine.
     """
 
     mean: Tensor
@@ -73,37 +83,40 @@ class FrozenData:
     origin: Mapping[str, str]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Latents:
+    """Pictures or clips after the autoencoder.
+
+    Attributes:
+        mean, std: of their distributions, float32 [V, c, ...], scaled as the denoiser expects.
+        owners: which item of the data set each belongs to, V numbers.
+        digest: of the pixels that went in, alike on every machine.
+        kind: what they are called, in the plural.
+    """
+
+    mean: Tensor
+    std: Tensor
+    owners: Sequence[int]
+    digest: str
+    kind: str
+
+
 def freeze(
-    vae: Any,
     readers: Mapping[str, TextReader],
-    data: Sequence[CaptionedImage],
+    data: Sequence[Captioned],
     registries: Mapping[str, Registry],
-    *,
-    resolution: int,
-    flip: bool,
-    crops: int,
-    seed: int,
-    device: torch.device,
-    advance: Advance,
-    note: Note = ignore_note,
+    encode: Callable[[], Latents],
 ) -> FrozenData:
-    """Run the VAE and the text encoders over a data set.
+    """Run the text encoders and the autoencoder over a data set.
 
     Args:
-        vae: the pipeline's.
         readers: the pipeline's text encoders, by stream.
-        data: pictures with captions that hold the trigger.
+        data: what is learned, with captions that hold the trigger.
         registries: of the trigger, by stream.
-        resolution: pixels a side.
-        flip: also the mirror images.
-        crops: 1 for the centre alone, else so many random squares of each picture.
-        seed: of the crops.
-        device: where the VAE computes; it returns to the host.
-        advance: called with the number of views that are encoded.
-        note: told about pictures that must be enlarged.
+        encode: runs the autoencoder; called when all captions are found good.
 
     Raises:
-        InputError: a picture cannot be read, or a caption is so long that the trigger is cut off.
+        InputError: a caption is so long that the trigger is cut off, or `encode` raises it.
     """
     texts: dict[str, int] = {}
     rows = []
@@ -113,50 +126,17 @@ def freeze(
             _check_not_cut(item, stream, registry, readers[stream].tokenizer)
             forms += vary_caption(item.caption, registry, readers[stream].tokenizer)
         rows.append(tuple(texts.setdefault(form, len(texts)) for form in dict.fromkeys(forms)))
-    views = [
-        _views(item, resolution, flip, crops, np.random.default_rng([seed, n]), note) for n, item in enumerate(data)
-    ]
-    mean, std = encode_views(vae, [view for group in views for view in group], device, advance)
+    latents = encode()
     return FrozenData(
-        mean=mean,
-        std=std,
+        mean=latents.mean,
+        std=latents.std,
         texts={stream: reader.read(list(texts)) for stream, reader in readers.items()},
-        captions=tuple(row for row, group in zip(rows, views, strict=True) for _ in group),
+        captions=tuple(rows[owner] for owner in latents.owners),
         origin={
-            "pictures": _digest(view.tobytes() for group in views for view in group),
-            "captions": _digest(item.caption.encode() + b"\0" for item in data),
+            latents.kind: latents.digest,
+            "captions": digest_parts(item.caption.encode() + b"\0" for item in data),
         },
     )
-
-
-def views_at_once(pixels: int) -> int:
-    """Return how many pictures of some pixels a side the VAE encodes at once: of large ones a single one fills it."""
-    return max(1, min(4, 4 * 512**2 // pixels**2))
-
-
-@torch.no_grad()
-def encode_views(
-    vae: Any, views: Sequence[Image.Image], device: torch.device, advance: Advance | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of the scaled latents of RGB pictures, float32 [V, c, h, w] on the host."""
-    before, dtype = vae.device, vae.dtype
-    # Some VAEs overflow in half precision and say so.
-    with quiet_libraries():  # diffusers warns of every cast
-        vae.to(device, torch.float32 if vae.config.force_upcast and dtype == torch.float16 else dtype)
-    parts = []
-    size = views_at_once(views[0].width)
-    for first in range(0, len(views), size):
-        pixels = np.stack([np.asarray(view) for view in views[first : first + size]])
-        inputs = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(127.5).sub(1)
-        latents = vae.encode(inputs.to(vae.device, vae.dtype)).latent_dist
-        parts.append((latents.mean.float().cpu(), latents.std.float().cpu()))
-        if advance is not None:
-            advance(min(len(views), first + size))
-    with quiet_libraries():
-        vae.to(before, dtype)
-    scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
-    mean, std = (torch.cat(group) for group in zip(*parts, strict=True))
-    return (mean - shift) * scale, std * scale
 
 
 class TextReader:
@@ -178,9 +158,14 @@ class TextReader:
         self.tokenizer = tokenizer
         self._words, self._encoder = getattr(pipeline, part.tokenizer), getattr(pipeline, part.encoder)
         self._penultimate, self._device = part.site == PENULTIMATE, device
-        # Every CLIP of a pipeline reads as many positions as the first one's tokenizer says.
-        clip_length = pipeline.tokenizer.model_max_length
-        self._length = prompt_length(pipeline) if family is SD35 and stream == "t5" else clip_length
+        self._reads_padding = part.reads_padding
+        if family is SD35 and stream == "t5":
+            self._length = prompt_length(pipeline)
+        elif part.model_type == "clip_text_model":
+            # Every CLIP of a pipeline reads as many positions as the first one's tokenizer says.
+            self._length = pipeline.tokenizer.model_max_length
+        else:
+            self._length = part.read_length(self._words, self._encoder)
 
     @property
     def width(self) -> int:
@@ -196,18 +181,28 @@ class TextReader:
     @torch.no_grad()
     def read(self, texts: Sequence[str]) -> FrozenTexts:
         """Return texts as the pipeline reads them, on the host."""
-        rows = self._words(
+        words = self._words(
             list(texts), padding="max_length", max_length=self._length, truncation=True, return_tensors="pt"
-        )["input_ids"]
+        )
+        rows, mask = words["input_ids"], None if self._reads_padding else words["attention_mask"]
         before = self._encoder.device
         self._encoder.to(self._device)
-        parts = [self._encode(rows[first : first + TEXTS_AT_ONCE]) for first in range(0, len(rows), TEXTS_AT_ONCE)]
+        slices = [slice(first, first + TEXTS_AT_ONCE) for first in range(0, len(rows), TEXTS_AT_ONCE)]
+        parts = [self._encode(rows[part], None if mask is None else mask[part]) for part in slices]
         self._encoder.to(before)
         states = torch.cat([state for state, _ in parts])
         pooled = [pool for _, pool in parts if pool is not None]
-        return FrozenTexts(ids=rows, states=states, pooled=torch.cat(pooled) if pooled else None)
+        return FrozenTexts(
+            ids=rows,
+            states=states,
+            pooled=torch.cat(pooled) if pooled else None,
+            lengths=None if mask is None else mask.gt(0).sum(dim=1),
+        )
 
-    def _encode(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _encode(self, rows: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if mask is not None:
+            states = self._encoder(rows.to(self._device), mask.to(self._device))[0].cpu()
+            return states * mask.gt(0).unsqueeze(-1), None  # the pipeline puts zeros in place of padding
         if not self._penultimate:
             return self._encoder(rows.to(self._device))[0].cpu(), None
         output = self._encoder(rows.to(self._device), output_hidden_states=True)
@@ -233,7 +228,8 @@ def vary_caption(caption: str, registry: Registry, tokenizer: StreamTokenizer) -
     return texts
 
 
-def _digest(parts: Iterable[bytes]) -> str:
+def digest_parts(parts: Iterable[bytes]) -> str:
+    """Return a short digest over parts, one after the other."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
@@ -255,7 +251,7 @@ def _holds(ids: Sequence[int], part: Sequence[int]) -> bool:
     return any(tuple(ids[i : i + len(part)]) == tuple(part) for i in range(len(ids) - len(part) + 1))
 
 
-def _check_not_cut(item: CaptionedImage, stream: str, registry: Registry, tokenizer: StreamTokenizer) -> None:
+def _check_not_cut(item: Captioned, stream: str, registry: Registry, tokenizer: StreamTokenizer) -> None:
     ids = tokenizer.encode(item.caption)
     read = ids[: tokenizer.max_tokens]
     if any(_holds(read, variant.ids) for variant in registry.variants):
@@ -269,12 +265,3 @@ def _check_not_cut(item: CaptionedImage, stream: str, registry: Registry, tokeni
         f"{item.path}: the tokenizer of {stream} cuts the trigger {registry.trigger!r} in {item.caption[:80]!r} into "
         "tokens that are not registered; put spaces around it"
     )
-
-
-def _views(
-    item: CaptionedImage, resolution: int, flip: bool, crops: int, rng: np.random.Generator, note: Note
-) -> list[Image.Image]:
-    picture = load_picture(item.path, resolution=resolution, note=note)
-    places = [(0.5, 0.5)] if crops == 1 else [(float(x), float(y)) for x, y in rng.random((crops, 2))]
-    views = [fit_square(picture, resolution, place) for place in places]
-    return [form for view in views for form in ((view, ImageOps.mirror(view)) if flip else (view,))]

@@ -17,7 +17,7 @@ from torch import Tensor
 from engram_core import InputError
 from engram_vision.settings import SD15TrainSettings, SD35TrainSettings, TrainSettings
 
-__all__ = ["Diffusion", "Flow", "Objective", "make_objective"]
+__all__ = ["Diffusion", "Flow", "Objective", "make_objective", "spread_shares"]
 
 
 class Objective(Protocol):
@@ -93,7 +93,7 @@ class Diffusion:
 
     def spread_times(self, count: int, generator: torch.Generator) -> Tensor:
         """Return times, int64 [count]."""
-        return (_spread(count, generator) * self.n_times).long().clamp(max=self.n_times - 1)
+        return (spread_shares(count, generator) * self.n_times).long().clamp(max=self.n_times - 1)
 
 
 class Flow:
@@ -132,12 +132,12 @@ class Flow:
     def spread_times(self, count: int, generator: torch.Generator) -> Tensor:
         """Return times, float32 [count]: logit-normal, then shifted as the sampler shifts them."""
         # In float64, where no share rounds to the ends 0 and 1.
-        shares = _spread(count, generator).double().clamp(1e-6, 1 - 1e-6)
+        shares = spread_shares(count, generator).double().clamp(1e-6, 1 - 1e-6)
         times: Tensor = (torch.special.ndtri(shares) * self._std + self._mean).sigmoid().float()
         return self._shift * times / (1 + (self._shift - 1) * times)
 
 
-def _spread(count: int, generator: torch.Generator) -> Tensor:
+def spread_shares(count: int, generator: torch.Generator) -> Tensor:
     """Return shares, float32 [count] in 0..1: one in each of `count` equal parts, in random order."""
     parts = (torch.arange(count) + torch.rand(count, generator=generator)) / count
     return parts[torch.randperm(count, generator=generator)]

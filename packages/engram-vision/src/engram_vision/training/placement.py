@@ -10,10 +10,10 @@ import torch
 
 from engram_core import Watcher
 from engram_core.torch.offload import BlockOffload
-from engram_vision.memory import estimate_memory, offload_blocks
-from engram_vision.settings import TrainSettings, without_streams
+from engram_vision.memory import offload_blocks
+from engram_vision.settings import TrainSettings
 
-__all__ = ["Placement", "peak_memory_mb", "tell_memory"]
+__all__ = ["Placement", "peak_memory_mb"]
 
 
 class Placement:
@@ -68,23 +68,6 @@ class Placement:
         """Return what the pipeline calls the modules that no step needs."""
         names = [name for name in self._settings.family.modules() if name != self._settings.family.denoiser]
         return [name for name in names if getattr(self._pipeline, name) is not None]
-
-
-def tell_memory(settings: TrainSettings, watcher: Watcher) -> None:
-    """Tell what a run will need before anything is loaded, where that can be known."""
-    watcher.begin("estimating memory")
-    estimate = estimate_memory(
-        settings.family,
-        settings.model,
-        precision=settings.precision,
-        resolution=settings.resolution,
-        batch_size=settings.batch_size,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        low_memory=settings.low_memory,
-        without=without_streams(settings),
-    )
-    if estimate is not None:
-        watcher.note(" ".join(estimate.show().splitlines()))
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -13,7 +13,6 @@ import torch
 from engram_core import (
     Adapter,
     ConceptRecord,
-    InputError,
     Manifest,
     Registry,
     StreamSpec,
@@ -22,15 +21,14 @@ from engram_core import (
 )
 from engram_core.settings import dump_settings
 from engram_core.torch import TrainableConcept, TrainableStream
-from engram_vision.conditions import Conditioner
-from engram_vision.dataset import CaptionedImage, read_dataset
 from engram_vision.families import Family
 from engram_vision.loading import pipeline_tokenizers
 from engram_vision.models import load_pipeline, model_fingerprint
 from engram_vision.settings import TrainSettings, without_streams
 from engram_vision.shipped import TINY
-from engram_vision.training.frozen import FrozenData, TextReader, freeze
+from engram_vision.training.frozen import Captioned, FrozenData, TextReader, freeze
 from engram_vision.training.initial import describe_vectors, random_vectors
+from engram_vision.training.medium import Conditions, Medium
 
 __all__ = ["Prepared", "prepare", "read_data"]
 
@@ -41,6 +39,7 @@ _FREE |= {"low_memory", "gradient_checkpointing"}
 # Settings that the adapter's record keeps.
 _RECORDED = {"rule", "init", "steps", "batch_size", "accumulate", "vector_rate", "scale_rate", "warm_up", "schedule"}
 _RECORDED |= {"weight_decay", "min_snr", "logit_mean", "logit_std", "resolution", "flip", "crops", "precision", "seed"}
+_RECORDED |= {"width", "height", "frames"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -52,17 +51,17 @@ class Prepared:
         conditioner: puts together what the denoiser reads.
         data: the training set.
         unseen: the validation set; the training set itself where none was given.
-        n_pictures: pictures in the training set.
+        n_samples: in the training set, by what they are called.
         model: the base model's name and a digest of its weights.
         manifest: of the adapter.
         concept: what learns.
     """
 
     pipeline: Any
-    conditioner: Conditioner
+    conditioner: Conditions
     data: FrozenData
     unseen: FrozenData
-    n_pictures: int
+    n_samples: Mapping[str, int]
     model: str
     manifest: Manifest
     concept: TrainableConcept
@@ -75,7 +74,7 @@ class Prepared:
     def adapter(self, settings: TrainSettings, step: int) -> Adapter:
         """Return the concept's present vectors and scales as an adapter."""
         training = {name: value for name, value in dump_settings(settings).items() if name in _RECORDED}
-        training |= {"kept_step": step, "pictures": self.n_pictures}
+        training |= {"kept_step": step, **self.n_samples}
         record = replace(self.concept.record, training=training)
         return Adapter.build(self.manifest, [self.concept.snapshot(record)])
 
@@ -87,31 +86,31 @@ class Prepared:
         return values | {"model": self.model}
 
 
-def read_data(settings: TrainSettings, watcher: Watcher) -> tuple[list[CaptionedImage], list[CaptionedImage] | None]:
+def read_data(
+    settings: TrainSettings, medium: Medium, watcher: Watcher
+) -> tuple[Sequence[Captioned], Sequence[Captioned] | None]:
     """Return the training set and, where one is given, the validation set.
 
     Raises:
-        InputError: a folder, picture or caption cannot be used.
+        InputError: a folder, a sample or a caption cannot be used.
     """
-
-    def read(folder: Path) -> list[CaptionedImage]:
-        return read_dataset(folder, settings.trigger, insert_trigger=settings.insert_trigger, note=watcher.note)
-
-    watcher.begin("reading pictures")
-    return read(settings.data), read(settings.validation_data) if settings.validation_data else None
+    watcher.begin(f"reading {medium.name}")
+    data, unseen = settings.data, settings.validation_data
+    return medium.read(data, settings, watcher), medium.read(unseen, settings, watcher) if unseen else None
 
 
 def prepare(
     settings: TrainSettings,
-    data: Sequence[CaptionedImage],
-    unseen: Sequence[CaptionedImage] | None,
+    medium: Medium,
+    data: Sequence[Captioned],
+    unseen: Sequence[Captioned] | None,
     device: torch.device,
     watcher: Watcher,
 ) -> Prepared:
     """Load the model and run its frozen parts over the data, once.
 
     Raises:
-        InputError: the model, the resolution, a picture or a caption cannot be used.
+        InputError: the model, the size, a sample or a caption cannot be used.
         TriggerError: the trigger cannot be registered.
     """
     family = settings.family
@@ -133,35 +132,26 @@ def prepare(
     readers = {
         stream: TextReader(family, pipeline, stream, tokenizer, device) for stream, tokenizer in tokenizers.items()
     }
-    resolution = _resolution(family, pipeline, settings.resolution)
 
-    def run_frozen(items: Sequence[CaptionedImage], *, flip: bool, crops: int) -> FrozenData:
-        watcher.begin("encoding pictures and captions", len(items) * crops * (2 if flip else 1))
+    def run_frozen(items: Sequence[Captioned], *, learning: bool) -> FrozenData:
         return freeze(
-            pipeline.vae,
             readers,
             items,
             registries,
-            resolution=resolution,
-            flip=flip,
-            crops=crops,
-            seed=settings.seed,
-            device=device,
-            advance=watcher.advance,
-            note=watcher.note,
+            lambda: medium.encode(items, settings, pipeline, device, watcher, learning=learning),
         )
 
-    frozen = run_frozen(data, flip=settings.flip, crops=settings.crops)
+    frozen = run_frozen(data, learning=True)
     specs = {
         stream: StreamSpec(width=reader.width, site=family.streams[stream].site, tokenizer=reader.tokenizer.spec)
         for stream, reader in readers.items()
     }
     return Prepared(
         pipeline=pipeline,
-        conditioner=Conditioner(family, pipeline, resolution),
+        conditioner=medium.conditioner(settings, pipeline),
         data=frozen,
-        unseen=frozen if unseen is None else run_frozen(unseen, flip=False, crops=1),
-        n_pictures=len(data),
+        unseen=frozen if unseen is None else run_frozen(unseen, learning=False),
+        n_samples={medium.name: len(data)},
         model=f"{_model_name(settings.model)} with weights {_digest_weights(family, pipeline)}",
         manifest=Manifest(
             backbone=family.name,
@@ -207,16 +197,6 @@ def _first_concept(
         scales = torch.full((spec.width,), settings.init_scale)
         streams[stream] = TrainableStream(record, registry, spec, vectors, scales)
     return TrainableConcept(record, streams)
-
-
-def _resolution(family: Family, pipeline: Any, asked: int | None) -> int:
-    """Return the pixels a side to train with."""
-    factor, config = int(pipeline.vae_scale_factor), getattr(pipeline, family.denoiser).config
-    # The U-Net halves the latents between its blocks; the transformer cuts them into patches.
-    step = 2 ** (len(config.block_out_channels) - 1) if family.denoiser == "unet" else config.patch_size
-    if asked is not None and asked % (factor * step):
-        raise InputError(f"resolution is {asked}, expected a multiple of {factor * step}")
-    return asked or int(config.sample_size) * factor
 
 
 def _model_name(model: str) -> str:

@@ -22,16 +22,16 @@ from engram_core.settings import dump_settings
 from engram_core.training.interrupt import DeferredInterrupt
 from engram_core.training.metrics import MetricsFile
 from engram_core.training.schedule import rate_factor
-from engram_vision.drawing import Drawing, draw
-from engram_vision.generation import make_folder, save_png
+from engram_vision.generation import make_folder
 from engram_vision.loading import load_engram, unload_engrams
 from engram_vision.models import pick_device
 from engram_vision.settings import TrainSettings
 from engram_vision.shipped import TINY
 from engram_vision.training.batches import Batch, draw_batch, fixed_batches
 from engram_vision.training.frozen import FrozenData
-from engram_vision.training.objectives import make_objective
-from engram_vision.training.placement import Placement, peak_memory_mb, tell_memory
+from engram_vision.training.medium import Medium
+from engram_vision.training.pictures import PICTURES
+from engram_vision.training.placement import Placement, peak_memory_mb
 from engram_vision.training.preparation import prepare, read_data
 from engram_vision.training.state import Progress, load_state, restore_optimizer, save_state
 
@@ -43,29 +43,34 @@ SETTINGS = "settings.toml"
 PREVIEWS = "previews"
 
 _LOG_EVERY = 10
-_PREVIEW_STEPS, _PREVIEW_GUIDANCE = 25, 5.0
 
 
 def train(
-    settings: TrainSettings, *, resume: bool = False, overwrite: bool = False, watcher: Watcher | None = None
+    settings: TrainSettings,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    watcher: Watcher | None = None,
+    medium: Medium = PICTURES,
 ) -> TrainReport:
-    """Train one concept for an image model and write its adapter.
+    """Train one concept for a model that draws, and write its adapter.
 
     Args:
         settings: what to do; their class says for which model family.
         resume: go on with an interrupted run; on the CPU the adapter is bit for bit that of an uninterrupted one.
         overwrite: replace the adapter file, and begin anew in a run folder that is in use.
         watcher: hears how it goes.
+        medium: what the family draws.
 
     Raises:
-        InputError: pictures, captions, model or settings cannot be used.
+        InputError: samples, captions, model or settings cannot be used.
         TriggerError: the trigger cannot be registered.
         TargetExistsError: the output or a run exists, and neither `resume` nor `overwrite` was asked for.
         TrainingError: the loss became NaN or infinite; the last good state is kept.
         AdapterWriteError: something cannot be written, e.g. because the disk is full; the last state is kept.
         KeyboardInterrupt: after the state was saved.
     """
-    run = _Run(settings, watcher or Watcher(), resume=resume, overwrite=overwrite)
+    run = _Run(settings, medium, watcher or Watcher(), resume=resume, overwrite=overwrite)
     return run.train()
 
 
@@ -79,16 +84,18 @@ class _Best:
 class _Run:
     """One call of `train`."""
 
-    def __init__(self, settings: TrainSettings, watcher: Watcher, *, resume: bool, overwrite: bool) -> None:
+    def __init__(
+        self, settings: TrainSettings, medium: Medium, watcher: Watcher, *, resume: bool, overwrite: bool
+    ) -> None:
         self.started = time.monotonic()
-        self.settings, self.watcher = settings, watcher
+        self.settings, self.medium, self.watcher = settings, medium, watcher
         self.folder = settings.run_dir or settings.output.with_suffix(".run")
         _check_tracker(settings.tracker)
         _check_targets(settings, self.folder, resume=resume, overwrite=overwrite)
         device = pick_device(settings.device, settings.precision)
-        data, unseen = read_data(settings, watcher)
+        data, unseen = read_data(settings, medium, watcher)
         if settings.model != TINY:
-            tell_memory(settings, watcher)
+            self._tell_memory()
         self.accelerator = Accelerator(
             cpu=device.type == "cpu",
             mixed_precision="no",  # whatever a user's accelerate configuration says of other scripts
@@ -102,9 +109,9 @@ class _Run:
             raise InputError(
                 f"this Python process works on {self.device.type} already; start another for {device.type}"
             )
-        self.prepared = prepare(settings, data, unseen, self.device, watcher)
+        self.prepared = prepare(settings, medium, data, unseen, self.device, watcher)
         self.pipeline, self.streams = self.prepared.pipeline, self.prepared.streams
-        self.objective = make_objective(settings, self.pipeline)
+        self.objective = medium.objective(settings, self.pipeline)
         self.placement = Placement(self.pipeline, settings, self.device, watcher)
         groups = [
             {"params": [stream.vectors for stream in self.streams.values()], "peak": settings.vector_rate},
@@ -117,6 +124,13 @@ class _Run:
         self.first, self.best = 0, _Best(0, math.inf, {})
         if resume:
             self._resume()
+
+    def _tell_memory(self) -> None:
+        """Tell what the run will need before anything is loaded, where that can be known."""
+        self.watcher.begin("estimating memory")
+        estimate = self.medium.estimate(self.settings)
+        if estimate is not None:
+            self.watcher.note(" ".join(estimate.show().splitlines()))
 
     def train(self) -> TrainReport:
         """Do the steps that are left and write the adapter."""
@@ -223,7 +237,14 @@ class _Run:
 
     def _losses(self, batch: Batch, data: FrozenData) -> Tensor:
         rows = batch.texts
-        frozen = {stream: (texts.states[rows].to(self.device), texts.ids[rows]) for stream, texts in data.texts.items()}
+        frozen = {
+            stream: (
+                texts.states[rows].to(self.device),
+                texts.ids[rows],
+                None if texts.lengths is None else texts.lengths[rows],
+            )
+            for stream, texts in data.texts.items()
+        }
         pooled = {
             stream: texts.pooled[rows].to(self.device)
             for stream, texts in data.texts.items()
@@ -315,17 +336,9 @@ class _Run:
         self.placement.bring_back()
         load_engram(self.pipeline, self.prepared.adapter(self.settings, step), name="preview")
         try:
-            images = draw(
-                self.pipeline,
-                [Drawing(prompt=prompt, seed=self.settings.seed) for prompt in prompts],
-                steps=_PREVIEW_STEPS,
-                guidance=_PREVIEW_GUIDANCE,
-            )
+            self.medium.preview(prompts, self.settings, self.pipeline, folder, step)
         finally:
             unload_engrams(self.pipeline, "preview")
-        for number, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
-            facts = {"prompt": prompt, "seed": str(self.settings.seed), "step": str(step)}
-            save_png(image, folder / f"step-{step:06d}-{number}.png", facts, overwrite=True)
         self.placement.free_encoders()
 
     def _finish(self, mean: float) -> TrainReport:

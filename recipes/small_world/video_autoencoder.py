@@ -1,0 +1,176 @@
+"""The tiny video autoencoder: clips of 64 x 64 pixels to latents of 16 channels, 8 x 8, a quarter of the frames."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from recipes.small_world.motion import FRAMES, Frames, draw_clips
+from recipes.small_world.world import SIZE
+from recipes.training import Report, fit
+
+CHANNELS = 16
+"""Of the latents: 64 pixels of 4 frames in 16 numbers."""
+
+PEAK_RATE = 2e-3
+KL_WEIGHT = 5e-4
+EDGE_WEIGHT = 0.5
+# Frames of a step's clips to how many of these clips: about as many frames in each step.
+_SHAPES = ((17, 4), (9, 6), (1, 32), (17, 4), (9, 6), (5, 10))
+_BATCH = 16
+
+
+def build_video_autoencoder() -> AutoencoderKLWan:
+    """Return an untrained autoencoder of 1.9 million parameters, built as that of Wan2.2-TI2V-5B is.
+
+    The real one has four levels, this one three: patches of 2 x 2 pixels, then twice half the size and half the frames.
+    """
+    model = AutoencoderKLWan(
+        base_dim=16,
+        decoder_base_dim=32,
+        z_dim=CHANNELS,
+        dim_mult=[1, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        latents_mean=[0.0] * CHANNELS,
+        latents_std=[1.0] * CHANNELS,
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_temporal=4,
+        scale_factor_spatial=8,
+    )
+    # The variance begins small; at its usual beginning the noise drowns the clip and nothing is learned.
+    with torch.no_grad():
+        model.quant_conv.bias[CHANNELS:] = -5.0
+    return model
+
+
+def draw_films(seed: int, count: int, path: Path) -> Frames:
+    """Return the frames of `count` clips, uint8 [N, 17, 64, 64, 3], from a file that is written when it is missing."""
+    if not path.exists():
+        partial = path.with_suffix(".partial.npy")
+        films: Frames = np.lib.format.open_memmap(partial, "w+", np.uint8, (count, FRAMES, SIZE, SIZE, 3))
+        for number, clip in enumerate(draw_clips(seed, range(count))):
+            films[number] = clip.frames
+        films.flush()
+        partial.replace(path)
+    return np.load(path, mmap_mode="r")
+
+
+def train_video_autoencoder(films: Frames, folder: Path, *, steps: int, seed: int, report: Report) -> AutoencoderKLWan:
+    """Train on parts of clips; goes on where an earlier call stopped.
+
+    Encoding and decoding are the class's own, a frame first and then four at a time, so that what is learned for one
+    frame, for 9 and for 17 is what the pipelines do.
+
+    Args:
+        films: uint8 [N, 17, 64, 64, 3].
+        folder: for the state.
+        steps: in all.
+        seed: initial weights, batches and noise.
+        report: called with a line now and then.
+    """
+    torch.manual_seed(seed)
+    model = build_video_autoencoder()
+
+    def loss_of(step: int) -> Tensor:
+        rng = np.random.default_rng([seed, step])
+        torch.manual_seed(seed * 1_000_003 + step)
+        clips = to_video(_cut(films, *_SHAPES[step % len(_SHAPES)], rng))
+        # In float32: in bfloat16 the backward pass of some of these convolutions takes a second on a CPU.
+        posterior = model.encode(clips).latent_dist
+        error = model.decode(posterior.sample()).sample - clips
+        loss: Tensor = error.abs().mean() + EDGE_WEIGHT * _edges(error) + KL_WEIGHT * _divergence(posterior)
+        return loss
+
+    weights = fit(
+        "video_autoencoder",
+        {"vae": model},
+        loss_of,
+        folder=folder,
+        steps=steps,
+        peak_rate=PEAK_RATE,
+        decay=0.995,
+        weight_decay=1e-4,
+        warm_up=100,
+        save_every=100,
+        report=report,
+    )
+    model.load_state_dict(dict(weights["vae"]))
+    return model.eval()
+
+
+def measure_latents(model: AutoencoderKLWan, films: Frames) -> None:
+    """Let the autoencoder's configuration tell mean and standard deviation of each channel, measured on clips."""
+    latents = encode_clips(model, films, normal=False).transpose(0, 1).flatten(1)
+    model.register_to_config(latents_mean=latents.mean(1).tolist(), latents_std=latents.std(1).tolist())
+
+
+@torch.no_grad()
+def encode_clips(model: AutoencoderKLWan, clips: Frames, *, normal: bool = True) -> Tensor:
+    """Return the means of the latents, float32 [N, 16, (F + 3) / 4, 8, 8].
+
+    Args:
+        model: the autoencoder.
+        clips: uint8 [N, F, 64, 64, 3], F one more than a multiple of 4.
+        normal: whether to shift and scale them as the pipelines do.
+    """
+    parts = []
+    for first in range(0, len(clips), _BATCH):
+        parts.append(model.encode(to_video(clips[first : first + _BATCH])).latent_dist.mean)
+    latents = torch.cat(parts)
+    if not normal:
+        return latents
+    mean, deviation = (torch.tensor(v).view(-1, 1, 1, 1) for v in (model.config.latents_mean, model.config.latents_std))
+    return (latents - mean) / deviation
+
+
+@torch.no_grad()
+def redraw_clips(model: AutoencoderKLWan, clips: Frames) -> Frames:
+    """Return clips after a way through the autoencoder and back."""
+    parts = []
+    for first in range(0, len(clips), _BATCH):
+        latents = model.encode(to_video(clips[first : first + _BATCH])).latent_dist.mean
+        pixels = model.decode(latents).sample.add(1).mul(127.5).round()
+        parts.append(pixels.permute(0, 2, 3, 4, 1).byte().numpy())
+    return np.concatenate(parts)
+
+
+def measure_psnr(before: Frames, after: Frames) -> float:
+    """Return the peak signal-to-noise ratio in decibels, over everything."""
+    error = np.square(before.astype(np.float32) - after).mean()
+    return float(10 * np.log10(255**2 / error))
+
+
+def to_video(clips: Frames) -> Tensor:
+    """Return uint8 [N, F, H, W, 3] as float32 [N, 3, F, H, W] in -1..1."""
+    return torch.from_numpy(np.array(clips)).permute(0, 4, 1, 2, 3).float().div(127.5).sub(1).contiguous()
+
+
+def _cut(films: Frames, frames: int, count: int, rng: np.random.Generator) -> Frames:
+    """Return parts of some clips: consecutive frames, or every second one where there are enough."""
+    parts = []
+    for row in rng.integers(len(films), size=count):
+        stride = int(rng.integers(1, 3)) if frames in (5, 9) else 1
+        first = int(rng.integers(FRAMES - stride * (frames - 1)))
+        parts.append(films[row, first : first + stride * frames : stride][:frames])
+    return np.stack(parts)
+
+
+def _edges(error: Tensor) -> Tensor:
+    """Return the mean difference of neighbouring errors: blurred edges and flicker cost more than a shifted colour."""
+    total = (error[..., 1:, :] - error[..., :-1, :]).abs().mean() + (error[..., 1:] - error[..., :-1]).abs().mean()
+    return total + (error[:, :, 1:] - error[:, :, :-1]).abs().mean() if error.shape[2] > 1 else total
+
+
+def _divergence(posterior: Any) -> Tensor:
+    mean, logvar = posterior.mean, posterior.logvar
+    divergence: Tensor = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    return divergence
