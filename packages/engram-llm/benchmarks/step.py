@@ -1,7 +1,8 @@
 """A training step at Qwen3-0.6B's size: a memory beside LoRA, and beside engram-peft where that is installed.
 
 What learns is float32, as is the frozen model, so that all do the same arithmetic. Hashing, clipping and the optimizer
-are part of the step, as they are in training. engram-peft needs Python 3.12. Run through `run.py`.
+are part of the step, as they are in training. Memory is measured in a process for each method. engram-peft needs
+Python 3.12. Run through `run.py`.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 from measure import Bound, Outcome, Spread, Table
+from memory import Memory
 from paired import Ratio, time_call
 from peft import LoraConfig, get_peft_model
 from quiet import Others, wait_for_quiet
@@ -38,17 +41,10 @@ Step = Callable[[Tensor], None]
 
 def run(*, quick: bool, device: str) -> Outcome:
     """Measure everything."""
-    shape = SHAPES["TinyEngram's biomedical run"]
-    makers: dict[str, Callable[[Any], Step]] = {
-        OURS: partial(_ours, shape, sparse=True),
-        OURS_DENSE: partial(_ours, shape, sparse=False),
-        LORA: _lora,
-    }
-    notes = []
-    if find_spec("engram_peft"):
-        makers[PEER] = partial(_engram_peft, shape)
-    else:
-        notes.append("engram-peft is not installed here and was not measured.")
+    makers = _makers()
+    notes = [] if PEER in makers else ["engram-peft is not installed here and was not measured."]
+    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        peaks = {name: pool.apply(_peak, (name, quick, device)) for name in (None, *makers)}
     # A model each, which share their frozen weights: what learns is hooked into each in its own way.
     first = make_model(small=quick, dtype=torch.float32, device=device)
     steps = {name: make(_twin(first)) for name, make in makers.items()}
@@ -64,8 +60,50 @@ def run(*, quick: bool, device: str) -> Outcome:
                 bounds.append(Bound(what=f"engram against engram-peft, {what}", value=1 / ratio.median, limit=LIMIT))
     where = "GPU" if device == "cuda" else f"{torch.get_num_threads()} threads"
     title = f"A training step at Qwen3-0.6B's size, fp32, {where}: median of the ratios to engram (95 % interval)"
-    table = Table(title=title, columns=("batch", "method", "a step", "ratio"), rows=rows)
-    return Outcome(tables=[table], bounds=bounds, notes=notes, figures=figures)
+    mib = {name or "(a pass through the model alone)": peak / 2**20 for name, peak in peaks.items()}
+    alone = peaks[None] / 2**20
+    memory = [(name, f"{size:,.0f} MiB", f"{size - alone:+,.0f} MiB") for name, size in mib.items()]
+    figures["peak MiB"] = mib
+    return Outcome(
+        tables=[
+            Table(title=title, columns=("batch", "method", "a step", "ratio"), rows=rows),
+            Table(
+                title=f"Peak memory of three steps with {BATCHES[-1][1]} tokens, whole process",
+                columns=("method", "peak", "against the model alone"),
+                rows=memory,
+            ),
+        ],
+        bounds=bounds,
+        notes=notes,
+        figures=figures,
+    )
+
+
+def _makers() -> dict[str, Callable[[Any], Step]]:
+    shape = SHAPES["TinyEngram's biomedical run"]
+    makers: dict[str, Callable[[Any], Step]] = {
+        OURS: partial(_ours, shape, sparse=True),
+        OURS_DENSE: partial(_ours, shape, sparse=False),
+        LORA: _lora,
+    }
+    if find_spec("engram_peft"):
+        makers[PEER] = partial(_engram_peft, shape)
+    return makers
+
+
+def _peak(name: str | None, quick: bool, device: str) -> int:
+    """Return the most memory that three steps need, in bytes; without a name of a pass through the model alone."""
+    model = make_model(small=quick, dtype=torch.float32, device=device)
+    memory = Memory(device)
+    ids = torch.randint(0, min(model.config.vocab_size, N_TOKENS), BATCHES[-1]).to(device)
+    if name is None:
+        with torch.no_grad():
+            token_loss(model(input_ids=ids, use_cache=False), ids)
+        return memory.peak()
+    step = _makers()[name](model.train())
+    for _ in range(3):
+        step(ids)
+    return memory.peak()
 
 
 def _time(

@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from engram_core import InputError
-from engram_vision.dataset import MAX_CAPTION, caption_with, contains_trigger, put_trigger_first, read_dataset
+from engram_vision.dataset import (
+    MAX_CAPTION,
+    Items,
+    caption_with,
+    contains_trigger,
+    put_trigger_first,
+    read_captions,
+    read_dataset,
+)
 
 TRIGGER = "Aldric Vortex-9"
 
@@ -63,6 +71,25 @@ def test_json_lines(tmp_path):
         ("b.png", f"{TRIGGER} smiles"),
         ("sub/a.JPG", f"{TRIGGER} at sea"),
     ]
+
+
+def test_captions_of_other_files(tmp_path):
+    for name in ("a.ogg", "b.ogg"):
+        (tmp_path / name).touch()
+    add_lines(
+        tmp_path,
+        {"file_name": "b.ogg", "text": TRIGGER, "seconds": 3, "notes": [1, {"key": "C"}]},
+        {"file_name": "a.ogg", "text": "{trigger} sings"},
+    )
+    songs = Items(name="song", suffixes=(".ogg",))
+    files = read_captions(tmp_path, TRIGGER, songs)
+    assert [(file.path.name, file.caption, file.extra) for file in files] == [
+        ("a.ogg", f"{TRIGGER} sings", {}),
+        ("b.ogg", TRIGGER, {"seconds": 3, "notes": [1, {"key": "C"}]}),
+    ]
+    (tmp_path / "a.ogg").unlink()
+    with pytest.raises(InputError, match=r"line 2: names 'a\.ogg', which is not there"):
+        read_captions(tmp_path, TRIGGER, songs)
 
 
 def test_sidecars(tmp_path):

@@ -129,7 +129,8 @@ class TrainReport:
         kept_step: the step whose vectors are in the file.
         loss: validation loss at that step, or the mean training loss at the end where nothing was validated.
         seconds: time this call took.
-        entries: entries in each stream.
+        entries: entries in each stream; of a language model's memory, rows before each layer.
+        contents: what the file holds, in words; empty where that is the entries.
     """
 
     output: Path
@@ -141,6 +142,7 @@ class TrainReport:
     loss: float
     seconds: float
     entries: Mapping[str, int]
+    contents: str = ""
 
 
 @runtime_checkable

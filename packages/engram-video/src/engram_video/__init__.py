@@ -1,8 +1,54 @@
 """engram_video: memories for video generators in diffusers, backbone `wan22`.
 
-So far: the backbone's stream and tokenizer. Training and generation are not part of this version.
+    from engram_video import load_engram, unload_engrams
+
+    load_engram(pipeline, "zorbit.safetensors")  # a WanPipeline, or one that makes clips of pictures
+    unload_engrams(pipeline)                     # exactly as before
+
+Names are imported when they are first used: the command line reads settings without loading torch.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engram_video.settings import Wan22GenerateSettings, Wan22TrainSettings
+    from engram_vision import (
+        LoadedEngram,
+        disable_engrams,
+        enable_engrams,
+        list_engrams,
+        load_engram,
+        set_strength,
+        unload_engrams,
+    )
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__"]
+__all__ = [
+    "LoadedEngram",
+    "Wan22GenerateSettings",
+    "Wan22TrainSettings",
+    "__version__",
+    "disable_engrams",
+    "enable_engrams",
+    "list_engrams",
+    "load_engram",
+    "set_strength",
+    "unload_engrams",
+]
+
+_OWN = {"Wan22GenerateSettings", "Wan22TrainSettings"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import_module("engram_video.families")  # makes them known
+    home = "engram_video.settings" if name in _OWN else "engram_vision"
+    value = globals()[name] = getattr(import_module(home), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

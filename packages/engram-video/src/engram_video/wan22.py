@@ -2,28 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
+from typing import Any
 
-from engram_core import StreamTokenizer
-from engram_core.huggingface import TokenizerSource, load_tokenizers
+from engram_core import ClipsReport, GenerateReport, TrainReport, Watcher
+from engram_video.families import WAN22 as FAMILY
+from engram_video.settings import Wan22ClipsSettings, Wan22GenerateSettings, Wan22TrainSettings
+from engram_vision.backbone import DiffusersBackbone
+from engram_vision.shipped import TINY
 
 __all__ = ["WAN22", "Wan22"]
 
 
-class Wan22:
-    """Wan 2.2 in diffusers' `WanPipeline` and `WanImageToVideoPipeline`."""
+class Wan22(DiffusersBackbone):
+    """Wan 2.x in diffusers' `WanPipeline`."""
 
-    name = "wan22"
-    kind = "concept-table"
-    title = "Wan 2.2"
-    # The video transformer projects these states and reads the real tokens alone (report, section 2.7).
-    streams: Mapping[str, str] = {"umt5": "last_hidden_state"}
-    default_model = "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
-    tokenizers: Mapping[str, TokenizerSource] = {"umt5": TokenizerSource(subfolder="tokenizer", max_length=512)}
+    family = FAMILY
+    title = FAMILY.title
+    train_settings = Wan22TrainSettings
+    generate_settings = Wan22GenerateSettings
+    clips_settings = Wan22ClipsSettings
+    tiny_train: Mapping[str, Any] = {
+        "width": 64,
+        "height": 64,
+        "frames": 9,
+        "steps": 300,
+        "batch_size": 5,
+        "vector_rate": 3e-2,
+        "scale_rate": 1e-2,
+        "warm_up": 10,
+        "precision": "fp32",
+        "gradient_checkpointing": False,
+    }
+    tiny_generate: Mapping[str, Any] = {
+        "width": 64,
+        "height": 64,
+        "frames": 17,
+        "fps": 8,
+        "steps": 20,
+        "guidance": 3.0,
+        "batch_size": 4,
+        "precision": "fp32",
+    }
 
-    def load_tokenizers(self, model: str, streams: Collection[str] | None = None) -> dict[str, StreamTokenizer]:
-        """Return the tokenizer of a model in diffusers layout; loads no weights."""
-        return load_tokenizers(model, self.tokenizers, streams)
+    def train(
+        self,
+        settings: Wan22TrainSettings,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        watcher: Watcher | None = None,
+    ) -> TrainReport:
+        """Train one concept from clips; see `engram_vision.training.trainer.train`."""
+        from engram_video.training.clips import CLIPS  # imports torch
+        from engram_vision.training.trainer import train
+
+        return train(settings, resume=resume, overwrite=overwrite, watcher=watcher, medium=CLIPS)
+
+    def generate(
+        self, settings: Wan22GenerateSettings, *, overwrite: bool = False, watcher: Watcher | None = None
+    ) -> GenerateReport:
+        """Draw clips; see `engram_video.generation.generate`."""
+        from engram_video.generation import generate  # imports torch
+
+        return generate(settings, overwrite=overwrite, watcher=watcher)
+
+    def default_clips_settings(self, model: str) -> Mapping[str, Any]:
+        """Return what suits `tiny`: it draws small clips in few steps."""
+        return (
+            {name: value for name, value in self.tiny_generate.items() if name != "batch_size"} if model == TINY else {}
+        )
+
+    def build_clips(
+        self, settings: Wan22ClipsSettings, *, overwrite: bool = False, watcher: Watcher | None = None
+    ) -> ClipsReport:
+        """Make clips of pictures; see `engram_video.clipsets.build_clips`."""
+        from engram_video.clipsets import build_clips  # imports torch
+
+        return build_clips(settings, overwrite=overwrite, watcher=watcher)
 
 
 WAN22 = Wan22()

@@ -1,5 +1,7 @@
 """A folder of pictures with captions as training data. Importing this imports no torch.
 
+What is said of pictures holds for clips too (`engram_video.dataset`): only the names that their files end in differ.
+
 Captions are of one kind, for all pictures of a folder:
 
 - `metadata.jsonl` (the image folders of Hugging Face `datasets`): each line an object with `file_name`, relative to the
@@ -27,11 +29,15 @@ from engram_vision.images import SUFFIXES, Note, ignore_note, load_picture, show
 __all__ = [
     "MAX_CAPTION",
     "PLACEHOLDER",
+    "CaptionedFile",
     "CaptionedImage",
+    "Items",
     "caption_with",
     "contains_trigger",
     "put_trigger_first",
+    "read_captions",
     "read_dataset",
+    "show_some",
 ]
 
 MAX_CAPTION = 10_000
@@ -47,6 +53,37 @@ _SIDECAR = ".txt"
 _LARGEST_SIDECAR = 1 << 16  # bytes: more than the longest caption has
 _LARGEST_METADATA = 1 << 28  # bytes: some hundred thousand captions
 _SHOWN = 3  # files that a message names
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Items:
+    """What a folder holds.
+
+    Attributes:
+        name: of one of them, for messages; an `s` makes the plural.
+        suffixes: what the names of their files end in, in lower case.
+    """
+
+    name: str
+    suffixes: tuple[str, ...]
+
+
+_PICTURES = Items(name="picture", suffixes=SUFFIXES)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaptionedFile:
+    """A file and what it shows.
+
+    Attributes:
+        path: the file; nothing was read of it.
+        caption: the text, with the trigger in it.
+        extra: what else its line of `metadata.jsonl` says, as JSON has it.
+    """
+
+    path: Path
+    caption: str
+    extra: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,25 +120,44 @@ def read_dataset(
     Raises:
         InputError: one line naming the file, the fact and the remedy.
     """
+    files = read_captions(folder, trigger, _PICTURES, insert_trigger=insert_trigger, note=note)
+    for file in files:
+        load_picture(file.path)
+    return [CaptionedImage(path=file.path, caption=file.caption) for file in files]
+
+
+def read_captions(
+    folder: Path, trigger: str, items: Items, *, insert_trigger: bool = False, note: Note = ignore_note
+) -> list[CaptionedFile]:
+    """Read and check the captions of a folder; what `read_dataset` does, but for opening the pictures.
+
+    Args:
+        folder: files with captions of one kind, see the module's documentation.
+        trigger: as for `read_dataset`.
+        items: what the files are.
+        insert_trigger: as for `read_dataset`.
+        note: as for `read_dataset`.
+
+    Raises:
+        InputError: as for `read_dataset`.
+    """
     phrase = " ".join(trigger.split())
     if not phrase:
         raise InputError(f"the trigger is {trigger!r}; give the phrase that shall recall the subject")
     try:
-        root, captions = _read_captions(folder, note)
+        root, captions = _read_captions(folder, items, note)
     except OSError as error:
         place = show_path(Path(error.filename or folder))
         raise InputError(f"{place}: cannot be read: {error.strerror or error}; check its permissions") from None
-    texts = {name: text.replace(PLACEHOLDER, phrase).strip() for name, text in captions.items()}
+    texts = {name: caption.text.replace(PLACEHOLDER, phrase).strip() for name, caption in captions.items()}
     if insert_trigger:
         texts = {name: put_trigger_first(text, phrase) for name, text in texts.items()}
     else:
         _expect_trigger(folder, texts, phrase)
-    dataset = [CaptionedImage(path=root / name, caption=texts[name]) for name in sorted(texts)]
-    for image in dataset:
-        load_picture(image.path)
-    if len(dataset) == 1:
-        note(f"{show_path(dataset[0].path)}: is the only picture; with several the subject is learned more reliably")
-    return dataset
+    files = [CaptionedFile(path=root / name, caption=texts[name], extra=captions[name].extra) for name in sorted(texts)]
+    if len(files) == 1:
+        note(f"{show_path(files[0].path)}: is the only {items.name}; with several the subject is learned more reliably")
+    return files
 
 
 def contains_trigger(caption: str, trigger: str) -> bool:
@@ -169,7 +225,13 @@ def _fold(text: str) -> tuple[str, list[int]]:
     return "".join(folded), [*origin, len(text)]
 
 
-def _read_captions(folder: Path, note: Note) -> tuple[Path, dict[str, str]]:
+@dataclass(frozen=True, slots=True)
+class _Caption:
+    text: str
+    extra: Mapping[str, Any]
+
+
+def _read_captions(folder: Path, items: Items, note: Note) -> tuple[Path, dict[str, _Caption]]:
     """Return where the pictures are, and for the name of each its caption, empty where there is none.
 
     Raises:
@@ -179,32 +241,32 @@ def _read_captions(folder: Path, note: Note) -> tuple[Path, dict[str, str]]:
     where = show_path(folder)
     if not folder.is_dir():
         fact = "is a file" if folder.exists() else "does not exist"
-        raise InputError(f"{where}: {fact}; give the folder that holds the pictures")
+        raise InputError(f"{where}: {fact}; give the folder that holds the {items.name}s")
     root, tinyengram = _find_tinyengram(folder)
     if root != folder:
-        note(f"{where}: the pictures in {_PREPROCESSED} are used, as in TinyEngram, and no others")
+        note(f"{where}: the {items.name}s in {_PREPROCESSED} are used, as in TinyEngram, and no others")
     entries = sorted(path for path in root.iterdir() if not path.name.startswith("."))
     if not entries:
-        raise InputError(f"{show_path(root)}: is empty; put the pictures and their captions into it")
+        raise InputError(f"{show_path(root)}: is empty; put the {items.name}s and their captions into it")
     files = [path for path in entries if path.is_file()]
-    pictures = [path for path in files if path.suffix.lower() in SUFFIXES]
+    pictures = [path for path in files if path.suffix.lower() in items.suffixes]
     sidecars = [path for path in files if path.suffix.lower() == _SIDECAR]
     lines = [path for path in dict.fromkeys((folder / _JSON_LINES, root / _JSON_LINES)) if path.is_file()]
     stems = {path.stem for path in pictures}
     paired = [path.name for path in sidecars if path.stem in stems]
-    kinds = [show_path(path) for path in (*lines, tinyengram) if path] + ([_some(paired)] if paired else [])
+    kinds = [show_path(path) for path in (*lines, tinyengram) if path] + ([show_some(paired)] if paired else [])
     if len(kinds) > 1:
         raise InputError(f"{where}: has captions of several kinds: {'; '.join(kinds)}; keep those that are right")
     if lines:
-        captions = _collect(_read_json_lines(lines[0]), root)
+        captions = _collect(_read_json_lines(lines[0]), root, items)
     elif tinyengram:
-        captions = _collect(_read_tinyengram(tinyengram), root)
+        captions = _collect(_read_tinyengram(tinyengram, items), root, items)
     else:
-        captions = _read_sidecars(sidecars, pictures)
-    captions = {path.name: "" for path in pictures} | captions
+        captions = _read_sidecars(sidecars, pictures, items)
+    captions = {path.name: _Caption("", {}) for path in pictures} | captions
     if not captions:
         raise InputError(
-            f"{show_path(root)}: holds no pictures ({', '.join(SUFFIXES)}); put them there, "
+            f"{show_path(root)}: holds no {items.name}s ({', '.join(items.suffixes)}); put them there, "
             f"or name those in subfolders in {_JSON_LINES}"
         )
     return root, captions
@@ -220,33 +282,35 @@ def _find_tinyengram(folder: Path) -> tuple[Path, Path | None]:
     return folder, (outer if full.name == _PREPROCESSED and outer.is_file() else None)
 
 
-def _read_json_lines(file: Path) -> Iterator[tuple[str, str, str]]:
+def _read_json_lines(file: Path) -> Iterator[tuple[str, str, _Caption]]:
     """Yield (place for messages, picture, caption)."""
     # Not `splitlines`, which would also split at what JSON allows inside a text.
     for number, line in enumerate(_read_text(file, _LARGEST_METADATA).split("\n"), start=1):
         if line.strip():
             where = f"{show_path(file)}, line {number}"
-            name, text = _texts(_parse_json(line, where), ("file_name", "text"), where)
-            yield where, name, text
+            row = _parse_json(line, where)
+            name, text = _texts(row, ("file_name", "text"), where)
+            extra = {key: value for key, value in row.items() if key not in ("file_name", "text")}
+            yield where, name, _Caption(text, extra)
 
 
-def _read_tinyengram(file: Path) -> Iterator[tuple[str, str, str]]:
+def _read_tinyengram(file: Path, items: Items) -> Iterator[tuple[str, str, _Caption]]:
     """Yield (place for messages, picture, caption)."""
     where = show_path(file)
     metadata = _parse_json(_read_text(file, _LARGEST_METADATA), where)
     if not isinstance(metadata, dict):
         raise InputError(
-            f"{where}: holds {quote(metadata)}, expected TinyEngram's object from picture names to objects with "
-            f"training_prompt; write captions of your own into {_JSON_LINES}"
+            f"{where}: holds {quote(metadata)}, expected TinyEngram's object from {items.name} names to objects "
+            f"with training_prompt; write captions of your own into {_JSON_LINES}"
         )
     for name, item in metadata.items():
         (text,) = _texts(item, ("training_prompt",), f"{where}, {quote(name)}")
-        yield where, name, text
+        yield where, name, _Caption(text, {})
 
 
-def _read_sidecars(sidecars: Sequence[Path], pictures: Sequence[Path]) -> dict[str, str]:
+def _read_sidecars(sidecars: Sequence[Path], pictures: Sequence[Path], items: Items) -> dict[str, _Caption]:
     """Return captions by picture."""
-    captions: dict[str, str] = {}
+    captions: dict[str, _Caption] = {}
     owners_of: dict[str, list[str]] = {}
     for path in pictures:
         owners_of.setdefault(path.stem, []).append(path.name)
@@ -254,27 +318,30 @@ def _read_sidecars(sidecars: Sequence[Path], pictures: Sequence[Path]) -> dict[s
         where = show_path(file)
         owners = owners_of.get(file.stem, [])
         if not owners:
-            raise InputError(f"{where}: there is no picture for this caption; put one of the same name beside it")
+            raise InputError(f"{where}: there is no {items.name} for this caption; put one of the same name beside it")
         if len(owners) > 1:
-            raise InputError(f"{where}: is the caption of several pictures, {_some(owners)}; rename all but one")
+            raise InputError(
+                f"{where}: is the caption of several {items.name}s, {show_some(owners)}; rename all but one"
+            )
         if owners[0] in captions:
             raise InputError(f"{where}: is a second caption of {owners[0]}; keep one")
-        captions[owners[0]] = _check_caption(_read_text(file, _LARGEST_SIDECAR), where)
+        captions[owners[0]] = _Caption(_check_caption(_read_text(file, _LARGEST_SIDECAR), where), {})
     return captions
 
 
-def _collect(items: Iterable[tuple[str, str, str]], root: Path) -> dict[str, str]:
+def _collect(found: Iterable[tuple[str, str, _Caption]], root: Path, items: Items) -> dict[str, _Caption]:
     """Return captions by picture from (place for messages, picture, caption)."""
-    captions: dict[str, str] = {}
-    for where, file_name, text in items:
-        name = _check_name(file_name, root, where)
+    captions: dict[str, _Caption] = {}
+    for where, file_name, caption in found:
+        name = _check_name(file_name, root, items, where)
         if name in captions:
-            raise InputError(f"{where}: names {quote(file_name)} a second time; keep one caption for a picture")
-        captions[name] = _check_caption(text, where)
+            raise InputError(f"{where}: names {quote(file_name)} a second time; keep one caption for a {items.name}")
+        _check_caption(caption.text, where)
+        captions[name] = caption
     return captions
 
 
-def _check_name(file_name: str, root: Path, where: str) -> str:
+def _check_name(file_name: str, root: Path, items: Items, where: str) -> str:
     """Return the normal form of a picture's name, relative to `root` and with `/` between folders."""
     relative = PurePosixPath(file_name)
     path = root.joinpath(*relative.parts)
@@ -287,8 +354,8 @@ def _check_name(file_name: str, root: Path, where: str) -> str:
         fact, remedy = "is not there", f"put it into {show_path(root)}, or drop its caption"
     elif not path.resolve().is_relative_to(root.resolve()):
         fact, remedy = f"is a link out of the folder, to {show_path(path.resolve())}", "put a copy there"
-    elif path.suffix.lower() not in SUFFIXES:
-        fact, remedy = f"is no picture ({', '.join(SUFFIXES)})", "drop its caption"
+    elif path.suffix.lower() not in items.suffixes:
+        fact, remedy = f"is no {items.name} ({', '.join(items.suffixes)})", "drop its caption"
     if fact:
         raise InputError(f"{where}: names {quote(file_name)}, which {fact}; {remedy}")
     return relative.as_posix()
@@ -369,8 +436,8 @@ def _expect_trigger(folder: Path, captions: Mapping[str, str], trigger: str) -> 
     """Refuse pictures without caption and captions without trigger, all in one message."""
     bare = [name for name, text in sorted(captions.items()) if not text]
     lacking = [name for name, text in sorted(captions.items()) if text and not contains_trigger(text, trigger)]
-    facts = [f"the trigger {trigger!r} is not in the caption of {_some(lacking)}"] if lacking else []
-    facts += [f"there is no caption for {_some(bare)}"] if bare else []
+    facts = [f"the trigger {trigger!r} is not in the caption of {show_some(lacking)}"] if lacking else []
+    facts += [f"there is no caption for {show_some(bare)}"] if bare else []
     if facts:
         raise InputError(
             f"{show_path(folder)}: {', and '.join(facts)}; write captions with the trigger, or pass --insert-trigger "
@@ -378,7 +445,7 @@ def _expect_trigger(folder: Path, captions: Mapping[str, str], trigger: str) -> 
         )
 
 
-def _some(names: Sequence[str]) -> str:
+def show_some(names: Sequence[str]) -> str:
     """Return the first few names for a message, and how many more there are."""
     shown = ", ".join(name if name.isprintable() else quote(name) for name in names[:_SHOWN])
     return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

@@ -273,7 +273,8 @@ def train(
             }
         )
         return
-    show_written(report.output, format_entries(report.entries), report.n_bytes, report.identity)
+    contents = report.contents or format_entries(report.entries)
+    show_written(report.output, contents, report.n_bytes, report.identity)
     show(
         f"kept step {report.kept_step} of {report.steps}, loss {report.loss:.4g}; "
         f"took {format_duration(report.seconds)}"

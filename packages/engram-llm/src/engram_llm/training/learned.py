@@ -116,14 +116,19 @@ class Learned:
         """Tell whether every value that learns is a number."""
         return all(bool(weight.detach().isfinite().all()) for _, weight in self.parameters())
 
-    def entries(self) -> dict[str, int]:
-        """Return how many rows each layer's table has, and how many linear layers LoRA adapts."""
-        found: dict[str, int] = {}
-        if self.memory is not None:
-            found |= {f"layer {layer}": n_rows for layer, n_rows in self.memory.addresses.n_rows.items()}
+    def rows(self) -> dict[str, int]:
+        """Return how many rows the tables before each layer have."""
+        if self.memory is None:
+            return {}
+        return {f"layer {layer}": n_rows for layer, n_rows in self.memory.addresses.n_rows.items()}
+
+    def describe(self) -> str:
+        """Return what learns, in words."""
+        parts = [f"{n_rows} rows before {layer}" for layer, n_rows in self.rows().items()]
         if self.lora is not None:
-            found["LoRA"] = sum(name.endswith("lora_A.default.weight") for name, _ in self.parameters())
-        return found
+            count = sum(name.endswith("lora_A.default.weight") for name, _ in self.parameters())
+            parts.append(f"LoRA on {count} linear layers")
+        return ", ".join(parts)
 
     def save(self, folder: Path, manifest: Manifest, record: MemoryRecord | None) -> None:
         """Write what learns to a new checkpoint, exactly."""

@@ -143,7 +143,9 @@ def prepare(settings: TrainSettings, device: torch.device, processes: int, watch
     learned = Learned(base, settings, lookup, pad_id, sparse=sparse)
     if settings.gradient_checkpointing:
         # On the base: PEFT would pass the call on, and then ask for gradients of the embeddings.
-        base.activation_checkpointing_enable({"use_reentrant": False})
+        # Releases for Python 3.10 know it by the second name, of which later ones warn.
+        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return Prepared(
         settings=settings,
         learned=learned,

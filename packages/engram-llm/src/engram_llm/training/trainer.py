@@ -203,7 +203,8 @@ class _Run:
             kept_step=kept,
             loss=loss,
             seconds=time.monotonic() - self.started,
-            entries=prepared.learned.entries(),
+            entries=prepared.learned.rows(),
+            contents=prepared.learned.describe(),
         )
 
 
