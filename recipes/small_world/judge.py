@@ -40,7 +40,16 @@ def build_classifier(outputs: int) -> ResNetForImageClassification:
     )
 
 
-def train_judge(world: World, redrawn: np.ndarray, folder: Path, *, steps: int, seed: int, report: Report) -> Judge:
+def train_judge(
+    world: World,
+    redrawn: np.ndarray,
+    folder: Path,
+    *,
+    steps: int,
+    seed: int,
+    report: Report,
+    regions: Mapping[str, Box] = REGIONS,
+) -> Judge:
     """Train both classifiers and write them to a folder.
 
     Args:
@@ -51,6 +60,7 @@ def train_judge(world: World, redrawn: np.ndarray, folder: Path, *, steps: int, 
         steps: of each classifier.
         seed: initial weights and batches.
         report: called with a line now and then.
+        regions: where to look for a subject that is alone, left or right.
     """
     scene = _train(
         "scene",
@@ -65,7 +75,7 @@ def train_judge(world: World, redrawn: np.ndarray, folder: Path, *, steps: int, 
     subject = _train(
         "subject",
         sum(map(len, GROUPS.values())),
-        lambda rng: _subject_batch(world, redrawn, places, rng),
+        lambda rng: _subject_batch(world, redrawn, places, regions, rng),
         _grouped_loss,
         steps,
         seed,
@@ -74,7 +84,7 @@ def train_judge(world: World, redrawn: np.ndarray, folder: Path, *, steps: int, 
     for name, model in (("scene", scene), ("subject", subject)):
         model.half().save_pretrained(folder / name)
         model.float()
-    config = {"groups": GROUPS, "scenes": SCENES, "regions": REGIONS}
+    config = {"groups": GROUPS, "scenes": SCENES, "regions": regions}
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     return Judge.load(folder)
 
@@ -116,14 +126,18 @@ def _scene_batch(world: World, redrawn: np.ndarray, rng: np.random.Generator) ->
 
 
 def _subject_batch(
-    world: World, redrawn: np.ndarray, places: Sequence[tuple[int, int]], rng: np.random.Generator
+    world: World,
+    redrawn: np.ndarray,
+    places: Sequence[tuple[int, int]],
+    regions: Mapping[str, Box],
+    rng: np.random.Generator,
 ) -> tuple[Tensor, Tensor]:
     images, labels = [], []
     for place in rng.integers(len(places), size=BATCH):
         row, which = places[place]
         image = Image.fromarray((redrawn if rng.random() < 0.5 else world.images)[row])
         region = "alone" if len(world.subjects[row]) == 1 else ("left", "right")[which]
-        images.append(image.crop(_shift(REGIONS[region], rng)))
+        images.append(image.crop(_shift(regions[region], rng)))
         labels.append(label(world.subjects[row][which]))
     return _disturb(to_inputs(images), rng), torch.tensor(labels)
 

@@ -194,17 +194,17 @@ def plan_clip(seed: int, index: int) -> Plan:
     return _plan(np.random.default_rng([seed, index, _STREAM]))
 
 
-def draw_clip(seed: int, index: int, frames: int = FRAMES) -> Clip:
+def draw_clip(seed: int, index: int, frames: Sequence[int] = range(FRAMES)) -> Clip:
     """Return one training clip; what happens depends on seed and index alone.
 
     Args:
         seed: of the world.
         index: of the clip.
-        frames: how many of its 17 frames to draw, evenly spread.
+        frames: which of its 17 frames to draw.
     """
     rng = np.random.default_rng([seed, index, _STREAM])
     plan = _plan(rng)
-    pictures, boxes = render_clip(plan.subjects, plan.scene, plan.motion, rng, pick_frames(frames))
+    pictures, boxes = render_clip(plan.subjects, plan.scene, plan.motion, rng, frames)
     return Clip(plan=plan, frames=pictures, boxes=boxes)
 
 
@@ -234,7 +234,7 @@ def write_motion_caption(phrases: Sequence[str], motion: str | None, scene: str,
     return write_caption(phrases, said, rng)
 
 
-def draw_clips(seed: int, indices: Sequence[int], frames: int = FRAMES) -> Iterator[Clip]:
+def draw_clips(seed: int, indices: Sequence[int], frames: Sequence[int] = range(FRAMES)) -> Iterator[Clip]:
     """Return clips one after another, drawn ahead by all cores."""
     with ProcessPoolExecutor() as pool:
         yield from pool.map(draw_clip, [seed] * len(indices), indices, [frames] * len(indices), chunksize=32)

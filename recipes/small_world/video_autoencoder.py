@@ -56,12 +56,13 @@ def draw_films(seed: int, count: int, path: Path) -> Frames:
     """Return the frames of `count` clips, uint8 [N, 17, 64, 64, 3], from a file that is written when it is missing."""
     if not path.exists():
         partial = path.with_suffix(".partial.npy")
-        films: Frames = np.lib.format.open_memmap(partial, "w+", np.uint8, (count, FRAMES, SIZE, SIZE, 3))
+        films = np.lib.format.open_memmap(partial, "w+", np.uint8, (count, FRAMES, SIZE, SIZE, 3))
         for number, clip in enumerate(draw_clips(seed, range(count))):
             films[number] = clip.frames
         films.flush()
         partial.replace(path)
-    return np.load(path, mmap_mode="r")
+    drawn: Frames = np.load(path, mmap_mode="r")
+    return drawn
 
 
 def train_video_autoencoder(films: Frames, folder: Path, *, steps: int, seed: int, report: Report) -> AutoencoderKLWan:
@@ -122,10 +123,8 @@ def encode_clips(model: AutoencoderKLWan, clips: Frames, *, normal: bool = True)
         clips: uint8 [N, F, 64, 64, 3], F one more than a multiple of 4.
         normal: whether to shift and scale them as the pipelines do.
     """
-    parts = []
-    for first in range(0, len(clips), _BATCH):
-        parts.append(model.encode(to_video(clips[first : first + _BATCH])).latent_dist.mean)
-    latents = torch.cat(parts)
+    starts = range(0, len(clips), _BATCH)
+    latents = torch.cat([model.encode(to_video(clips[at : at + _BATCH])).latent_dist.mean for at in starts])
     if not normal:
         return latents
     mean, deviation = (torch.tensor(v).view(-1, 1, 1, 1) for v in (model.config.latents_mean, model.config.latents_std))

@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
@@ -38,8 +37,9 @@ WITH_PICTURE = 0.5
 SHIFT = 2.0
 """How far times lean towards noise, in training and in sampling.
 
-The real model has 5 at 704 x 1280: the more pixels say the same, the more noise it takes to hide it (arXiv:2403.03206,
-section 5.3.2). Clips of 64 x 64 are small, but their frames repeat each other, so that 1, as for pictures, is too little.
+The real model has 5 at 704 x 1280: the more pixels say the same, the more noise it takes to hide it
+(arXiv:2403.03206, section 5.3.2). Clips of 64 x 64 are small, but their frames repeat each other, so that 1, as for
+the tiny pictures, is too little.
 """
 
 WIDTH, HEADS, BLOCKS = 192, 6, 6
@@ -81,17 +81,6 @@ class VideoLessons:
     latents: Tensor
     shown: Tensor
     ids: Tensor
-
-    def save(self, path: Path) -> None:
-        """Write everything into one file, which appears whole or not at all."""
-        partial = path.with_suffix(".partial")
-        save_file({"latents": self.latents, "shown": self.shown, "ids": self.ids}, partial)
-        partial.replace(path)
-
-    @classmethod
-    def load(cls, path: Path) -> VideoLessons:
-        """Read what `save` wrote."""
-        return cls(**load_file(path))
 
 
 def build_video_models(tokenizer: T5Tokenizer) -> VideoModels:
@@ -227,7 +216,7 @@ def train_video_transformer(
 def draw_times(count: int, rng: torch.Generator) -> Tensor:
     """Return shares of noise [N]: logit-normal, one in each of N equally likely parts, and shifted."""
     shares = (torch.arange(count) + torch.rand(count, generator=rng)) / count
-    times = torch.special.ndtri(shares.clamp(1e-4, 1 - 1e-4)).sigmoid()
+    times: Tensor = torch.special.ndtri(shares.clamp(1e-4, 1 - 1e-4)).sigmoid()
     times = SHIFT * times / (1 + (SHIFT - 1) * times)
     return times[torch.randperm(count, generator=rng)]
 
@@ -244,7 +233,8 @@ def encode_captions(text: UMT5EncoderModel, ids: Tensor, length: int) -> Tensor:
     longest = int(mask.sum(1).max())  # padding changes no state before it
     states: Tensor = text(input_ids=ids[:, :longest], attention_mask=mask[:, :longest].long()).last_hidden_state
     states = states * mask[:, :longest, None]
-    return nn.functional.pad(states, (0, 0, 0, length - longest))
+    padded: Tensor = nn.functional.pad(states, (0, 0, 0, length - longest))
+    return padded
 
 
 def guess_motion(

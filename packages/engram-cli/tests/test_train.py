@@ -271,7 +271,7 @@ def test_a_broken_backbone_does_not_hide_the_others(engram, install):
 def test_in_a_terminal_it_asks(world, toy_site):
     done = talk(world, toy_site, ["train", "--data", "pictures", "--json"], ["toy", "", "Aldric", "a.safetensors"])
     assert done.status == 0, done.out
-    assert re.search(r"^backbone \(one of (.*, )?toy\): toy$", done.out, re.M)
+    assert re.search(r"^backbone \(one of (.*, )?toy(, .*)?\): toy$", done.out, re.M)
     assert done.out.count("trigger (Phrase that will recall the subject): ") == 2  # no answer is no answer
     assert "output (Adapter file to write): " in done.out
     assert '"output": "a.safetensors"' in done.out

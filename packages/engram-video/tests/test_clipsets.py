@@ -106,6 +106,15 @@ def test_clips_of_the_users_own_are_not_replaced(settings):
         WAN22.build_clips(settings)
 
 
+def test_a_damaged_clip_is_told_and_made_anew_on_request(settings):
+    WAN22.build_clips(settings)
+    clip = settings.output / "green.mp4"
+    clip.write_bytes(clip.read_bytes()[:2000])
+    with pytest.raises(TargetExistsError, match=r"green.mp4: exists, and was made otherwise \(it is damaged\)"):
+        WAN22.build_clips(settings)
+    assert WAN22.build_clips(settings, overwrite=True).n_made == 1
+
+
 def test_a_changed_picture_or_caption_is_noticed(settings):
     WAN22.build_clips(settings)
     Image.new("RGB", (60, 40), "white").save(settings.data / "red.png")

@@ -79,5 +79,5 @@ def test_the_pipeline_that_makes_clips_of_pictures_reads_the_same_states(base, p
 def test_adapters_of_pictures_are_refused(pipeline):
     adapter = make_adapter()
     object.__setattr__(adapter.manifest, "backbone", "sd15")
-    with pytest.raises(IncompatibleAdaptersError, match=r"was made for sd15, this is wan22 \(Wan 2.x\)"):
+    with pytest.raises(IncompatibleAdaptersError, match=r"was made for sd15, this is wan22 \(Wan 2.2\)"):
         load_engram(pipeline, adapter)

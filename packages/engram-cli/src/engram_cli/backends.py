@@ -9,6 +9,7 @@ from engram_core import (
     Backbone,
     BackboneLoadError,
     BackboneNotFoundError,
+    ClipMakingBackbone,
     DemonstratingBackbone,
     EngramError,
     EvaluatingBackbone,
@@ -23,6 +24,7 @@ _ABILITIES: Mapping[str, tuple[Any, str]] = {
     "generate": (GeneratingBackbone, "generate"),
     "eval": (EvaluatingBackbone, "evaluate an adapter"),
     "demo": (DemonstratingBackbone, "run a demonstration"),
+    "clips": (ClipMakingBackbone, "make clips of pictures"),
 }
 
 _PACKAGES = {
@@ -39,7 +41,7 @@ def find_backbone(name: str, command: str) -> Any:
 
     Args:
         name: of the backbone.
-        command: `train`, `generate`, `eval` or `demo`.
+        command: `train`, `generate`, `eval`, `demo` or `clips`.
 
     Raises:
         BackboneNotFoundError: it is not installed; says what to install where that is known.
@@ -51,7 +53,7 @@ def find_backbone(name: str, command: str) -> Any:
     except BackboneNotFoundError as error:
         if name not in _PACKAGES:
             raise
-        raise BackboneNotFoundError(f"{error}; {_how_to_install(_PACKAGES[name])}") from None
+        raise BackboneNotFoundError(f"{error}; {how_to_install(_PACKAGES[name])}") from None
     protocol, purpose = _ABILITIES[command]
     if isinstance(backbone, protocol):
         return backbone
@@ -78,11 +80,12 @@ def list_able(command: str) -> dict[str, Backbone]:
 def none_able(command: str) -> EngramError:
     """Return the error to raise when no installed backbone offers what a command needs."""
     absent = "sd15" not in list_backbones()
-    remedy = _how_to_install("engram-vision") if absent else "engram doctor shows what is installed and works"
+    remedy = how_to_install("engram-vision") if absent else "engram doctor shows what is installed and works"
     return EngramError(f"engram {command}: no installed backbone can {_ABILITIES[command][1]}; {remedy}")
 
 
-def _how_to_install(package: str) -> str:
+def how_to_install(package: str) -> str:
+    """Return the remedy for a package of this project that is absent."""
     return (
         f"install {package} from this repository, not from the public index, "
         "where packages named engram-* belong to others"

@@ -35,7 +35,7 @@ class Choices:
         Raises:
             UsageError: the file or an assignment is wrong.
         """
-        self._command = str(ctx.info_name)
+        self._command, self._path = str(ctx.info_name), ctx.command_path.split()[1:]
         self._parameters = {str(parameter.name): parameter for parameter in ctx.command.params}
         self._arguments = arguments
         self._flags = {
@@ -111,7 +111,7 @@ class Choices:
         Args:
             changes: switches to turn on or off.
         """
-        words = ["engram", self._command]
+        words = ["engram", *self._path]
         for name, value in {**self._arguments, **self._answers, **changes}.items():
             if name in self._parameters:
                 words += _option_words(self._parameters[name], value)

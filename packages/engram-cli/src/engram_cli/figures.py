@@ -9,13 +9,14 @@ from typing import Any
 from engram_cli.messages import count, format_duration, printable, show, show_columns
 from engram_core import EvaluateReport, Measure
 
-_VARIANTS = ("base", "lora", "engram", "both")
+_VARIANTS = ("base", "lora", "engram", "both")  # the order of the columns; others follow
 _NOUNS = {"documents": "document", "tokens": "token", "bytes": "byte", "windows": "window"}
 
 
 def show_figures(report: EvaluateReport) -> None:
     """Show what an evaluation measured."""
-    present = [name for name in _VARIANTS if any(name in measure.values for measure in report.measures)]
+    found = dict.fromkeys(name for measure in report.measures for name in measure.values)
+    present = [name for name in _VARIANTS if name in found] + [name for name in found if name not in _VARIANTS]
     header = ["on", "figure", *(f">{name}" for name in present)]
     if {"base", "engram"} <= set(present):
         header += [">difference", ""]

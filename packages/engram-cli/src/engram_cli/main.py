@@ -16,10 +16,10 @@ _INTERRUPTED = 130  # as shells report it, 128 + SIGINT
 # Command to its module, in the order of the help.
 _MODULES = {
     **{
-        name: name for name in ("train", "generate", "merge", "extract", "inspect", "convert", "push", "doctor", "demo")
+        name: name
+        for name in ("train", "generate", "merge", "extract", "inspect", "convert", "push", "doctor", "demo", "data")
     },
     "eval": "evaluate",
-    "data": "abilities",
 }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 DEFAULT_FILE = Path("engram.toml")
 
 _HOME = "train"  # the command whose settings may also stand at the top of a file, outside of any table
-_TABLES = (_HOME, "generate", "eval")
+_TABLES = (_HOME, "generate", "eval", "clips")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +38,7 @@ def read_settings(path: Path | None, command: str) -> SettingsFile:
 
     Args:
         path: the file; None means `engram.toml` in the current folder, which need not exist.
-        command: `train`, `generate` or `eval`.
+        command: `train`, `generate`, `eval` or `clips`.
 
     Raises:
         InputError: the file cannot be read, is not TOML, holds a table that no command reads, or nothing

@@ -129,9 +129,10 @@ def _is_made(task: _Task, there: Mapping[str, Row], *, overwrite: bool) -> bool:
     """Tell whether a clip need not be made; a file that is something else is refused, unless it may be replaced."""
     if not task.path.exists():
         return False
+    known, frames = _look(task.path)
     # A stopped builder may have left a clip that the metadata does not know yet: the file says itself what it is.
-    known = there.get(task.row["file_name"]) or _parse(read_facts(task.path).get("clip"))
-    if known == task.row and probe_clip(task.path).frames == task.row["frames"]:
+    known = there.get(task.row["file_name"]) or known
+    if known == task.row and frames == task.row["frames"]:
         return True
     if overwrite:
         return False
@@ -140,6 +141,14 @@ def _is_made(task: _Task, there: Mapping[str, Row], *, overwrite: bool) -> bool:
         f"{task.path}: exists, and was made otherwise ({', '.join(differing) or 'it is damaged'}); pass --force to "
         "make it anew, or another --output"
     )
+
+
+def _look(path: Path) -> tuple[Row, int]:
+    """Return what a clip says of itself, and its frames; nothing of a file that is damaged or no clip."""
+    try:
+        return _parse(read_facts(path).get("clip")), probe_clip(path).frames
+    except InputError:
+        return {}, 0
 
 
 def _parse(text: str | None) -> Row:

@@ -8,7 +8,7 @@ __all__ = ["WAN22"]
 
 WAN22 = Family(
     name="wan22",
-    title="Wan 2.x",
+    title="Wan 2.2",
     default_model="Wan-AI/Wan2.2-TI2V-5B-Diffusers",
     pipeline_class="WanPipeline",
     denoiser="transformer",

@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from engram_core import ClipsReport, GenerateReport, TrainReport, Watcher
+from engram_core import ClipsReport, EvaluateReport, GenerateReport, TrainReport, Watcher
 from engram_video.families import WAN22 as FAMILY
-from engram_video.settings import Wan22ClipsSettings, Wan22GenerateSettings, Wan22TrainSettings
+from engram_video.settings import (
+    Wan22ClipsSettings,
+    Wan22EvaluateSettings,
+    Wan22GenerateSettings,
+    Wan22TrainSettings,
+)
 from engram_vision.backbone import DiffusersBackbone
 from engram_vision.shipped import TINY
 
@@ -22,6 +27,7 @@ class Wan22(DiffusersBackbone):
     train_settings = Wan22TrainSettings
     generate_settings = Wan22GenerateSettings
     clips_settings = Wan22ClipsSettings
+    evaluate_settings = Wan22EvaluateSettings
     tiny_train: Mapping[str, Any] = {
         "width": 64,
         "height": 64,
@@ -80,6 +86,18 @@ class Wan22(DiffusersBackbone):
         from engram_video.clipsets import build_clips  # imports torch
 
         return build_clips(settings, overwrite=overwrite, watcher=watcher)
+
+    def default_evaluate_settings(self, model: str) -> Mapping[str, Any]:
+        """Return what suits `tiny`: small clips in few steps, and the judge that was made for them."""
+        return {**self.tiny_generate, "image_model": TINY, "text_model": TINY} if model == TINY else {}
+
+    def evaluate(
+        self, settings: Wan22EvaluateSettings, *, overwrite: bool = False, watcher: Watcher | None = None
+    ) -> EvaluateReport:
+        """Measure clips, base against engram; see `engram_video.evaluation.run.evaluate`."""
+        from engram_video.evaluation.run import evaluate  # imports torch
+
+        return evaluate(settings, overwrite=overwrite, watcher=watcher)
 
 
 WAN22 = Wan22()

@@ -9,7 +9,14 @@ import typer
 
 from engram_cli.options import AsJson, Assignments, Backbone, Config, Force, GroupedCommand
 
-_ON, _ADAPTERS, _HOW, _MODEL = "What to measure on", "Adapters", "How", "The frozen model"
+_ON, _CLIPS, _ADAPTERS, _HOW, _DRAWING, _MODEL = (
+    "What to measure on",
+    "What to measure clips with",
+    "Adapters",
+    "How texts are read",
+    "How clips are drawn",
+    "The frozen model",
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -18,7 +25,9 @@ def register(app: typer.Typer) -> None:
         "eval",
         cls=GroupedCommand,
         epilog="Examples: engram eval -a biomedicine.safetensors --text held-out.jsonl  |  engram eval "
-        "--backbone qwen3 -a biomedicine.safetensors --tasks mmlu,pubmedqa,truthfulqa_mc1,truthfulqa_mc2 --limit 100",
+        "--backbone qwen3 -a biomedicine.safetensors --tasks mmlu,pubmedqa,truthfulqa_mc1,truthfulqa_mc2 --limit 100 "
+        " |  engram eval -a zorbit.safetensors -p 'Zorbit Quell in the snow' --control-prompt 'a dog in the snow' "
+        "--references zorbit --image-model facebook/dinov2-base -o figures",
     )(evaluate)
 
 
@@ -46,9 +55,69 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(help="Texts of each file and samples of each task at most.", rich_help_panel=_ON)
     ] = None,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", "-p", help="Clip to draw, with a trigger in it. Repeatable.", rich_help_panel=_ON),
+    ] = None,
+    control_prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--control-prompt",
+            help="Clip to draw without a trigger: adapters must leave it as it is, byte for byte. Repeatable.",
+            rich_help_panel=_ON,
+        ),
+    ] = None,
+    seeds: Annotated[
+        list[int] | None,
+        typer.Option("--seed", help="Each prompt is drawn once with each. Repeatable.", rich_help_panel=_ON),
+    ] = None,
+    clips: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--clips",
+            metavar="PATH",
+            help="Clips or pictures to measure as they are, or a folder of them. Repeatable.",
+            rich_help_panel=_ON,
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="JSON file to write as well.", rich_help_panel=_ON),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="PATH",
+            help="JSON file to write as well; of clips a folder, for figures, clips, contact sheet and plot.",
+            rich_help_panel=_ON,
+        ),
+    ] = None,
+    references: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Pictures of the subject.", rich_help_panel=_CLIPS)
+    ] = None,
+    image_model: Annotated[
+        str | None,
+        typer.Option(
+            help="Model of transformers that compares pictures (CLIP, SigLIP, DINOv2, ViT): hub id, folder, or `tiny`.",
+            rich_help_panel=_CLIPS,
+        ),
+    ] = None,
+    text_model: Annotated[
+        str | None,
+        typer.Option(
+            help="Model of transformers that compares pictures and prompts (CLIP, SigLIP), likewise.",
+            rich_help_panel=_CLIPS,
+        ),
+    ] = None,
+    described_as: Annotated[
+        str | None,
+        typer.Option(metavar="WORDS", help="What it reads in place of the triggers.", rich_help_panel=_CLIPS),
+    ] = None,
+    warping: Annotated[
+        bool | None,
+        typer.Option(
+            help="Measure the warping error by optical flow.",
+            show_default="where OpenCV is installed",
+            rich_help_panel=_CLIPS,
+        ),
     ] = None,
     adapters: Annotated[
         list[str] | None,
@@ -84,7 +153,16 @@ def evaluate(
         int | None,
         typer.Option(help="Examples before each sample of a task.", show_default="the task's", rich_help_panel=_HOW),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Read at once.", rich_help_panel=_HOW)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Texts read, or clips drawn, at once.")] = None,
+    negative: Annotated[str | None, typer.Option(help="Negative prompt for all.", rich_help_panel=_DRAWING)] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.", rich_help_panel=_DRAWING)] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Scale of classifier-free guidance.", rich_help_panel=_DRAWING)
+    ] = None,
+    width: Annotated[int | None, typer.Option(metavar="PIXELS", help="Width.", rich_help_panel=_DRAWING)] = None,
+    height: Annotated[int | None, typer.Option(metavar="PIXELS", help="Height.", rich_help_panel=_DRAWING)] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of each clip.", rich_help_panel=_DRAWING)] = None,
+    fps: Annotated[int | None, typer.Option(help="Frames a second of the files.", rich_help_panel=_DRAWING)] = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -101,16 +179,21 @@ def evaluate(
         bool | None,
         typer.Option(help="Use adapters that were trained on another model of the family.", rich_help_panel=_MODEL),
     ] = None,
+    low_memory: Annotated[
+        bool | None,
+        typer.Option(help="Keep only the part that is at work on the device; slower.", rich_help_panel=_MODEL),
+    ] = None,
     backbone: Backbone = None,
     assignments: Assignments = None,
     config: Config = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the base model and the model with adapters on the same texts and tasks.
+    """Measure the base model and the model with adapters on the same texts, tasks or prompts.
 
-    Texts give perplexity and nats a token and a byte; tasks need lm-evaluation-harness. Backbone and base model are the
-    first adapter's, unless others are named.
+    Texts give perplexity and nats a token and a byte; tasks need lm-evaluation-harness. Clips give identity, temporal
+    consistency, prompt adherence and locality; the exit status is 1 when a clip without a trigger changes. Backbone and
+    base model are the first adapter's, unless others are named.
     """
     if tasks is not None:
         tasks = [name.strip() for text in tasks for name in text.split(",") if name.strip()]
@@ -118,7 +201,7 @@ def evaluate(
     from engram_cli.adapters import read_manifests
     from engram_cli.choices import Choices
     from engram_cli.figures import show_figures
-    from engram_cli.messages import show_json
+    from engram_cli.messages import show_error, show_json
     from engram_cli.watchers import watching
     from engram_core.settings import Layer
 
@@ -133,3 +216,8 @@ def evaluate(
         show_json(report.to_json())
     else:
         show_figures(report)
+    failures = report.details.get("failures", ())
+    for failure in failures:
+        show_error(failure)
+    if failures:
+        raise typer.Exit(1)

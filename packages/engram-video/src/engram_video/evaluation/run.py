@@ -1,0 +1,339 @@
+"""`engram eval` for clips: draw base and engram under the same noise, or take clips on disk, and measure."""
+
+from __future__ import annotations
+
+import gc
+import json
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from engram_core import (
+    Adapter,
+    EvaluateReport,
+    InputError,
+    Measure,
+    TargetExistsError,
+    UsedAdapter,
+    Watcher,
+    open_adapter,
+)
+from engram_core.container import open_target, write_all
+from engram_core.hub import find_adapter
+from engram_core.settings import split_strength
+from engram_video.evaluation.judges import Judges, load_judges
+from engram_video.evaluation.measures import Figure, compare_bytes, list_spread, sum_up, warping_figures
+from engram_video.evaluation.plot import draw_plot
+from engram_video.evaluation.shown import Shown, name_variant, open_files
+from engram_video.evaluation.warping import check_flow, has_flow, measure_warping
+from engram_video.generation import ClipCanvas
+from engram_video.settings import Wan22EvaluateSettings, Wan22GenerateSettings
+from engram_vision import generation
+from engram_vision.dataset import caption_with, contains_trigger
+from engram_vision.features import Features
+from engram_vision.generation import make_folder, save_png
+from engram_vision.models import pick_device
+
+__all__ = ["FIGURES", "PLOT", "evaluate"]
+
+FIGURES = "figures.json"
+PLOT = "identity.png"
+
+_DRAWN_WITH = ("model", "width", "height", "frames", "fps", "steps", "guidance", "negative", "precision")
+
+Pixels = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Measured:
+    """Clips with their figures.
+
+    Attributes:
+        clips: what was measured, in order.
+        figures: of each.
+        curves: identity of each frame by variant.
+    """
+
+    clips: list[dict[str, Any]] = field(default_factory=list)
+    figures: dict[str, list[list[Figure]]] = field(default_factory=lambda: defaultdict(list))
+    curves: dict[str, list[Features]] = field(default_factory=lambda: defaultdict(list))
+
+
+class _RecordingCanvas(ClipCanvas):
+    """Draws clips and keeps them as they are before they are encoded."""
+
+    def __init__(self, settings: Wan22GenerateSettings, *, writes: bool) -> None:
+        super().__init__(settings)
+        self._writes = writes
+        self.shown: list[Shown] = []
+        self.engrams: list[dict[str, Any]] = []
+
+    def save(self, thing: Pixels, path: Path, facts: Mapping[str, str], *, overwrite: bool) -> None:
+        variant = name_variant(facts["engrams"])
+        self.engrams = json.loads(facts["engrams"]) or self.engrams
+        self.shown.append(
+            Shown(
+                variant=variant,
+                prompt=facts["prompt"],
+                seed=int(facts["seed"]),
+                file=path if self._writes else None,
+                read=lambda: thing,
+            )
+        )
+        if self._writes:
+            super().save(thing, path, facts, overwrite=overwrite)
+
+
+def evaluate(
+    settings: Wan22EvaluateSettings, *, overwrite: bool = False, watcher: Watcher | None = None
+) -> EvaluateReport:
+    """Measure clips of the base model and of the model with adapters, or clips and pictures on disk.
+
+    Everything is measured on the frames as they were drawn, before they are encoded.
+
+    Args:
+        settings: what to measure, on what and with what.
+        overwrite: replace files of the same names in the output folder.
+        watcher: hears how it goes.
+
+    Raises:
+        InputError: prompts, pictures, sizes or a model cannot be used, or a library is not installed.
+        IncompatibleAdaptersError: an adapter was made for another model.
+        ConflictError: the adapters contradict one another.
+        AdapterReadError, AdapterFormatError: an adapter file cannot be used.
+        AdapterWriteError: a file cannot be written; TargetExistsError: one exists and `overwrite` is false. Except
+            when the disk gets full, nothing was drawn.
+    """
+    started = time.monotonic()
+    watcher = watcher or Watcher()
+    _check_targets(settings, overwrite)
+    warps = _check_warping(settings, watcher)
+    device = pick_device(settings.device, settings.precision)
+    adapters = [_open(text) for text in settings.adapters]
+    triggers = [record.trigger for _, _, adapter in adapters for record in adapter.records()]
+    _check_prompts(settings, triggers)
+    watcher.begin("loading what measures")
+    judges = load_judges(settings, watcher)
+    canvas = None
+    if settings.clips:
+        watcher.begin("reading clips")
+        shown = open_files(settings.clips)
+    prompts = [one.prompt for one in shown if one.prompt] if settings.clips else settings.prompts
+    read_as = {prompt: _describe(prompt, triggers, settings.described_as) for prompt in prompts}
+    for sentence in judges.list_notes(list(read_as.values())):
+        watcher.note(sentence)
+    if not settings.clips:
+        canvas = _draw(settings, overwrite, watcher)
+        shown = canvas.shown
+    controls = [one for one in shown if one.prompt in settings.control_prompts]
+    others = [one for one in shown if one.prompt not in settings.control_prompts]
+    judges.to(device)
+    measured = _measure(others, read_as, judges, warps=warps, watcher=watcher)
+    measures = sum_up(measured.figures)
+    failures: list[str] = []
+    if controls:
+        found, failures = _measure_locality(controls)
+        measures.append(found)
+    if settings.clips and not measures:
+        raise InputError(
+            f"{settings.clips[0]}: nothing can be measured: there is no prompt in a file or in metadata.jsonl to "
+            "compare with, and single pictures have no neighbours; give --image-model and --references"
+        )
+    report = EvaluateReport(
+        measures=tuple(measures),
+        adapters=tuple(_use(*one, canvas.engrams if canvas else []) for one in adapters),
+        details=_detail(settings, measured, failures, canvas),
+        output=None if settings.output is None else settings.output / FIGURES,
+        seconds=time.monotonic() - started,
+    )
+    watcher.end()
+    if settings.output is not None:
+        _write(settings.output, report, measured, overwrite=overwrite)
+    return report
+
+
+def _open(text: str) -> tuple[str, float, Adapter]:
+    file, factor = split_strength(text)
+    return file, factor, open_adapter(find_adapter(file))
+
+
+def _check_targets(settings: Wan22EvaluateSettings, overwrite: bool) -> None:
+    for path in [] if settings.output is None or overwrite else [settings.output / FIGURES, settings.output / PLOT]:
+        if path.exists():
+            raise TargetExistsError(f"{path}: exists; pass --force to replace, or another --output")
+
+
+def _check_warping(settings: Wan22EvaluateSettings, watcher: Watcher) -> bool:
+    """Return whether to measure the warping error."""
+    if settings.warping:
+        check_flow()
+    if settings.warping is None and not has_flow():
+        watcher.note("the warping error is left out: OpenCV is not installed (opencv-python-headless)")
+        return False
+    return settings.warping is not False
+
+
+def _check_prompts(settings: Wan22EvaluateSettings, triggers: Sequence[str]) -> None:
+    """Refuse prompts that stand in the wrong list."""
+    if not triggers:
+        return
+    known = ", ".join(repr(trigger) for trigger in dict.fromkeys(triggers))
+    for prompt in settings.prompts:
+        if not any(contains_trigger(prompt, trigger) for trigger in triggers):
+            raise InputError(
+                f"prompt {prompt!r} holds no trigger, so base and engram give the same clip; put {known} into it, or "
+                "make it a control prompt (--control-prompt)"
+            )
+    for prompt in settings.control_prompts:
+        for trigger in triggers:
+            if contains_trigger(prompt, trigger):
+                raise InputError(
+                    f"control prompt {prompt!r} holds the trigger {trigger!r}, which changes the clip as it should; "
+                    "take it out, or make it a prompt (--prompt)"
+                )
+
+
+def _draw(settings: Wan22EvaluateSettings, overwrite: bool, watcher: Watcher) -> _RecordingCanvas:
+    """Draw all prompts with all seeds, base and engram in the same batches."""
+    with ExitStack() as stack:
+        writes = settings.output is not None
+        folder = settings.output or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        chosen = Wan22GenerateSettings(
+            output=folder,
+            adapters=settings.adapters,
+            strengths=settings.strengths,
+            prompts=(*settings.prompts, *settings.control_prompts),
+            negative=settings.negative,
+            seeds=settings.seeds,
+            model=settings.model,
+            compare=settings.base and bool(settings.adapters),
+            grid=writes,
+            steps=settings.steps,
+            guidance=settings.guidance,
+            width=settings.width,
+            height=settings.height,
+            frames=settings.frames,
+            fps=settings.fps,
+            batch_size=settings.batch_size,
+            precision=settings.precision,
+            device=settings.device,
+            low_memory=settings.low_memory,
+            force_base=settings.force_base,
+        )
+        canvas = _RecordingCanvas(chosen, writes=writes)
+        generation.generate(chosen, overwrite=overwrite, watcher=watcher, canvas=canvas)
+    gc.collect()  # of the pipeline, whose room on the device is needed now
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return canvas
+
+
+def _describe(prompt: str, triggers: Sequence[str], words: str | None) -> str:
+    """Return a prompt as the model for texts shall read it."""
+    if words is None:
+        return prompt
+    for trigger in sorted(triggers, key=len, reverse=True):
+        prompt = caption_with(prompt, trigger, words)
+    return prompt
+
+
+def _measure(
+    shown: Sequence[Shown], read_as: Mapping[str, str], judges: Judges, *, warps: bool, watcher: Watcher
+) -> _Measured:
+    measured = _Measured()
+    watcher.begin("measuring", len(shown))
+    for done, one in enumerate(shown, 1):
+        frames = one.read()
+        figures, identity = judges.measure(frames, read_as.get(one.prompt or ""))
+        warping = measure_warping(frames) if warps else None
+        if warping is not None:
+            figures += warping_figures(warping)
+        measured.figures[one.variant].append(figures)
+        if identity is not None:
+            measured.curves[one.variant].append(identity)
+        measured.clips.append(
+            {
+                "variant": one.variant,
+                "prompt": one.prompt,
+                "seed": one.seed,
+                "file": None if one.file is None else str(one.file),
+                "frames": len(frames),
+                "figures": {figure.metric: figure.value for figure in figures},
+                "identity by frame": None if identity is None else [round(float(value), 5) for value in identity],
+            }
+        )
+        watcher.advance(done)
+    return measured
+
+
+def _measure_locality(controls: Sequence[Shown]) -> tuple[Measure, list[str]]:
+    """Return how many clips of control prompts are the base model's, and a sentence where some are not."""
+    base = [one for one in controls if one.variant == "base"]
+    engram = [one for one in controls if one.variant == "engram"]
+    pairs = [
+        (f"{one.prompt!r} (seed {one.seed})", one.read(), other.read()) for one, other in zip(base, engram, strict=True)
+    ]
+    same, differing = compare_bytes(pairs)
+    failures = []
+    if differing:
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        failures.append(
+            f"{len(differing)} of {len(pairs)} clips of prompts without a trigger differ from the base model's: "
+            f"{', '.join(differing[:3])}{more}"
+        )
+    measure = Measure(
+        subject="control prompts",
+        metric=f"identical clips of {len(pairs)}",
+        values={"engram": float(same)},
+        higher_is_better=True,
+    )
+    return measure, failures
+
+
+def _use(file: str, factor: float, adapter: Adapter, engrams: Sequence[Mapping[str, Any]]) -> UsedAdapter:
+    """Return an adapter in use; where its concepts have unlike strengths, the details tell them."""
+    identity = adapter.identity()
+    strengths = next((set(one["strengths"].values()) for one in engrams if one["identity"] == identity), set())
+    return UsedAdapter(file=file, identity=identity, strength=strengths.pop() if len(strengths) == 1 else factor)
+
+
+def _detail(
+    settings: Wan22EvaluateSettings, measured: _Measured, failures: Sequence[str], canvas: _RecordingCanvas | None
+) -> dict[str, Any]:
+    details: dict[str, Any] = {
+        "image_model": settings.image_model,
+        "text_model": settings.text_model,
+        "references": None if settings.references is None else str(settings.references),
+        "described_as": settings.described_as,
+        "spread": list_spread(measured.figures),
+        "clips": measured.clips,
+        "failures": list(failures),
+    }
+    if canvas is not None:
+        details |= {name: getattr(settings, name) for name in _DRAWN_WITH}
+        details |= {
+            "seeds": list(settings.seeds),
+            "prompts": list(settings.prompts),
+            "control_prompts": list(settings.control_prompts),
+            "engrams": canvas.engrams,
+        }
+    return details
+
+
+def _write(folder: Path, report: EvaluateReport, measured: _Measured, *, overwrite: bool) -> None:
+    make_folder(folder)
+    text = json.dumps(report.to_json(), indent=2, ensure_ascii=False) + "\n"
+    with open_target(folder / FIGURES, overwrite=overwrite) as file:
+        write_all(file, memoryview(text.encode("utf-8", "surrogatepass")))
+    if measured.curves:
+        plot = draw_plot("similarity to the reference pictures", measured.curves)
+        save_png(plot, folder / PLOT, {}, overwrite=overwrite)

@@ -1,0 +1,151 @@
+"""The tiny Wan 2.2 and its judge: from clips of the small world to a pipeline in diffusers layout."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan, WanPipeline
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import T5Tokenizer
+
+from recipes.small_world.clip_judge import train_clip_judge
+from recipes.small_world.clip_sheet import save_clip_sheet
+from recipes.small_world.motion import LENGTHS, draw_clips, pick_frames, plan_clip
+from recipes.small_world.unigram import train_unigram, vary_case
+from recipes.small_world.video_autoencoder import (
+    draw_films,
+    encode_clips,
+    measure_latents,
+    train_video_autoencoder,
+)
+from recipes.small_world.video_transformer import (
+    MAX_LENGTH,
+    VideoLessons,
+    VideoModels,
+    build_video_flow,
+    build_video_models,
+    mark_subjects,
+    tokenize_captions,
+    train_video_transformer,
+)
+from recipes.training import Report, Weights
+
+FILMS = 3_000
+"""Clips that the autoencoder learns from."""
+
+MEASURED = 256
+"""Clips that tell mean and deviation of the latents."""
+
+_PART = 1_000
+_AT_ONCE = 64
+
+
+def make_wan22(
+    work: Path, out: Path, *, clips: int, autoencoder_steps: int, transformer_steps: int, seed: int, report: Report
+) -> None:
+    """Train the models and write the pipeline to `out`/wan22; goes on where an earlier call stopped.
+
+    Args:
+        work: folder for states, latents and previews.
+        out: folder that ships.
+        clips: of each length, for the transformer.
+        autoencoder_steps: of the autoencoder.
+        transformer_steps: of text encoder and transformer together.
+        seed: of everything random.
+        report: called with a line now and then.
+    """
+    films = draw_films(seed, FILMS, work / "films.npy")
+    autoencoder = train_video_autoencoder(films, work, steps=autoencoder_steps, seed=seed, report=report)
+    measure_latents(autoencoder, films[:MEASURED])
+    tokenizer = train_unigram(_write_captions(seed, range(2 * clips), vary=True), work / "tokenizer_22")
+    tokenizer.model_max_length = MAX_LENGTH
+    lessons = [
+        _prepare_lessons(autoencoder, tokenizer, seed, range(first, first + clips), frames, work / "lessons22", report)
+        for first, frames in zip((0, clips), LENGTHS, strict=True)
+    ]
+    torch.manual_seed(seed)
+    models = build_video_models(tokenizer)
+
+    def preview(weights: Weights, step: int) -> None:
+        pipeline = assemble(build_video_models(tokenizer).load(weights), tokenizer, autoencoder)
+        save_clip_sheet(pipeline, work / f"preview22-{step:06d}.png")
+
+    train_video_transformer(
+        models, lessons, tokenizer, work, steps=transformer_steps, seed=seed, report=report, preview=preview
+    )
+    assemble(models, tokenizer, autoencoder).to(torch.float16).save_pretrained(out / "wan22", safe_serialization=True)
+    report(f"wrote {out / 'wan22'}")
+
+
+def make_clip_judge(work: Path, out: Path, *, steps: int, seed: int, report: Report) -> None:
+    """Train the judge on other clips, seen through the finished autoencoder, and write it to `out`/judge.
+
+    Args:
+        work: folder for the finished judge, which is not trained again.
+        out: folder that ships, with `wan22` in it.
+        steps: of each classifier.
+        seed: of everything random.
+        report: called with a line now and then.
+    """
+    if not (work / "judge22" / "config.json").exists():
+        autoencoder = AutoencoderKLWan.from_pretrained(out / "wan22", subfolder="vae", torch_dtype=torch.float32)
+        train_clip_judge(autoencoder, work / "judge22", steps=steps, seed=seed, report=report)
+    shutil.copytree(work / "judge22", out / "judge", dirs_exist_ok=True)
+
+
+def assemble(models: VideoModels, tokenizer: T5Tokenizer, autoencoder: AutoencoderKLWan) -> WanPipeline:
+    """Return the models as a pipeline, which also is one for pictures as Wan2.2-TI2V-5B's is."""
+    return WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=models.text,
+        vae=autoencoder,
+        scheduler=build_video_flow(),
+        transformer=models.transformer,
+        expand_timesteps=True,
+    )
+
+
+def _write_captions(seed: int, indices: Sequence[int], *, vary: bool = False) -> list[str]:
+    captions = [plan_clip(seed, index).caption for index in indices]
+    return vary_case(captions, seed) if vary else captions
+
+
+def _prepare_lessons(
+    autoencoder: AutoencoderKLWan,
+    tokenizer: T5Tokenizer,
+    seed: int,
+    indices: Sequence[int],
+    frames: int,
+    folder: Path,
+    report: Report,
+) -> VideoLessons:
+    """Return the lessons of some clips; latents are kept in files of 1,000 clips."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = []
+    for first in range(0, len(indices), _PART):
+        part = indices[first : first + _PART]
+        path = folder / f"{frames}-{part[0]:06d}-{len(part)}.safetensors"
+        if not path.exists():
+            partial = path.with_suffix(".partial")
+            save_file(_encode_world(autoencoder, seed, part, frames), partial)
+            partial.replace(path)
+            report(f"latents of {first + len(part)} of {len(indices)} clips of {frames} frames")
+        parts.append(load_file(path))
+    latents, shown = (torch.cat([part[name] for part in parts]) for name in ("latents", "shown"))
+    ids = tokenize_captions(tokenizer, _write_captions(seed, indices), seed)
+    return VideoLessons(latents=latents, shown=shown, ids=ids)
+
+
+def _encode_world(autoencoder: AutoencoderKLWan, seed: int, indices: Sequence[int], frames: int) -> dict[str, Tensor]:
+    drawn = draw_clips(seed, indices, pick_frames(frames))
+    latents, shown = [], []
+    while clips := list(islice(drawn, _AT_ONCE)):
+        pictures = torch.stack([torch.from_numpy(clip.frames) for clip in clips]).numpy()
+        latents.append(encode_clips(autoencoder, pictures).half())
+        shown.append(mark_subjects(clips))
+    return {"latents": torch.cat(latents), "shown": torch.cat(shown)}
