@@ -44,6 +44,7 @@ class TrainSettings:
         name: name of the concept; None means the trigger.
         license: licence of the concept, kept in the file.
         run_dir: folder for state, metrics and previews; None means the output's name with `.run`.
+        cache_dir: folder for latents and text states of the data, which several runs may share; None means the run's.
         insert_trigger: put the trigger in front of captions that lack it, instead of refusing them.
         rule: how vectors become residuals (docs/concepts.md).
         overlap: how entries that cover one token combine.
@@ -87,6 +88,7 @@ class TrainSettings:
     name: str | None = None
     license: str | None = None
     run_dir: Path | None = None
+    cache_dir: Path | None = None
     insert_trigger: bool = False
     rule: Rule = "absolute"
     overlap: Overlap = "sum"

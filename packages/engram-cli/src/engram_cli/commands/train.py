@@ -233,6 +233,14 @@ def train(
             help="Folder for state, metrics and previews.", show_default="the output with .run", rich_help_panel=_WATCH
         ),
     ] = None,
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for latents and text states of the data; several runs may share it.",
+            show_default="the run folder",
+            rich_help_panel=_WATCH,
+        ),
+    ] = None,
     backbone: Backbone = None,
     assignments: Assignments = None,
     config: Config = None,

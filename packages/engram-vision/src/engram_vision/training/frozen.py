@@ -27,6 +27,7 @@ __all__ = [
     "FrozenData",
     "FrozenTexts",
     "Latents",
+    "Store",
     "TextReader",
     "digest_parts",
     "freeze",
@@ -34,6 +35,15 @@ __all__ = [
 ]
 
 TEXTS_AT_ONCE = 16
+
+
+class Store(Protocol):
+    """Keeps what the frozen models made; see `engram_vision.training.store`."""
+
+    def fetch(
+        self, files: Sequence[Path], captions: Sequence[Sequence[str]], make: Callable[[], FrozenData]
+    ) -> FrozenData:
+        """Return what is kept of a data set; make and keep it where there is nothing."""
 
 
 class Captioned(Protocol):
@@ -106,37 +116,45 @@ def freeze(
     data: Sequence[Captioned],
     registries: Mapping[str, Registry],
     encode: Callable[[], Latents],
+    store: Store | None = None,
 ) -> FrozenData:
-    """Run the text encoders and the autoencoder over a data set.
+    """Run the text encoders and the autoencoder over a data set, unless that was done before.
 
     Args:
         readers: the pipeline's text encoders, by stream.
         data: what is learned, with captions that hold the trigger.
         registries: of the trigger, by stream.
         encode: runs the autoencoder; called when all captions are found good.
+        store: keeps the outcome; None makes it each time.
 
     Raises:
         InputError: a caption is so long that the trigger is cut off, or `encode` raises it.
+        AdapterWriteError: the outcome cannot be kept.
     """
-    texts: dict[str, int] = {}
-    rows = []
+    captions = []
     for item in data:
         forms = [item.caption]
         for stream, registry in registries.items():
             _check_not_cut(item, stream, registry, readers[stream].tokenizer)
             forms += vary_caption(item.caption, registry, readers[stream].tokenizer)
-        rows.append(tuple(texts.setdefault(form, len(texts)) for form in dict.fromkeys(forms)))
-    latents = encode()
-    return FrozenData(
-        mean=latents.mean,
-        std=latents.std,
-        texts={stream: reader.read(list(texts)) for stream, reader in readers.items()},
-        captions=tuple(rows[owner] for owner in latents.owners),
-        origin={
-            latents.kind: latents.digest,
-            "captions": digest_parts(item.caption.encode() + b"\0" for item in data),
-        },
-    )
+        captions.append(tuple(dict.fromkeys(forms)))
+
+    def run() -> FrozenData:
+        latents = encode()
+        rows = {form: row for row, form in enumerate(dict.fromkeys(form for forms in captions for form in forms))}
+        return FrozenData(
+            # In the order in which they come back from the disk: convolutions round by it.
+            mean=latents.mean.contiguous(),
+            std=latents.std.contiguous(),
+            texts={stream: reader.read(list(rows)) for stream, reader in readers.items()},
+            captions=tuple(tuple(rows[form] for form in captions[owner]) for owner in latents.owners),
+            origin={
+                latents.kind: latents.digest,
+                "captions": digest_parts(item.caption.encode() + b"\0" for item in data),
+            },
+        )
+
+    return run() if store is None else store.fetch([item.path for item in data], captions, run)
 
 
 class TextReader:

@@ -29,13 +29,16 @@ from engram_vision.shipped import TINY
 from engram_vision.training.frozen import Captioned, FrozenData, TextReader, freeze
 from engram_vision.training.initial import describe_vectors, random_vectors
 from engram_vision.training.medium import Conditions, Medium
+from engram_vision.training.store import FrozenStore
 
 __all__ = ["Prepared", "prepare", "read_data"]
 
 # Settings that may change between an interrupted run and its continuation.
 _FREE = {"output", "run_dir", "device", "save_every", "preview_every", "preview_prompts", "tracker", "license", "name"}
 _FREE |= {"model", "data", "validation_data", "validate_every", "keep"}  # what these hold is compared, not their paths
-_FREE |= {"low_memory", "gradient_checkpointing"}
+_FREE |= {"low_memory", "gradient_checkpointing", "cache_dir"}
+# Settings that the frozen models' outcome depends on, beside data and weights; `seed` where crops are drawn.
+_FROZEN = {"precision", "resolution", "flip", "crops", "width", "height", "frames"}
 # Settings that the adapter's record keeps.
 _RECORDED = {"rule", "init", "steps", "batch_size", "accumulate", "vector_rate", "scale_rate", "warm_up", "schedule"}
 _RECORDED |= {"weight_decay", "min_snr", "logit_mean", "logit_std", "resolution", "flip", "crops", "precision", "seed"}
@@ -105,13 +108,27 @@ def prepare(
     data: Sequence[Captioned],
     unseen: Sequence[Captioned] | None,
     device: torch.device,
+    cache: Path,
     watcher: Watcher,
+    *,
+    keeps: bool = True,
 ) -> Prepared:
     """Load the model and run its frozen parts over the data, once.
+
+    Args:
+        settings: of the run.
+        medium: of the family.
+        data: the training set.
+        unseen: the validation set.
+        device: where to compute.
+        cache: folder for what the frozen parts make.
+        watcher: hears how it goes.
+        keeps: whether this process writes there.
 
     Raises:
         InputError: the model, the size, a sample or a caption cannot be used.
         TriggerError: the trigger cannot be registered.
+        AdapterWriteError: the outcome cannot be kept.
     """
     family = settings.family
     watcher.begin(f"loading {settings.model}")
@@ -133,12 +150,16 @@ def prepare(
         stream: TextReader(family, pipeline, stream, tokenizer, device) for stream, tokenizer in tokenizers.items()
     }
 
+    weights = _digest_weights(family, pipeline)
+
     def run_frozen(items: Sequence[Captioned], *, learning: bool) -> FrozenData:
+        facts = _list_facts(settings, learning=learning) | {"weights": weights, "device": device.type}
         return freeze(
             readers,
             items,
             registries,
             lambda: medium.encode(items, settings, pipeline, device, watcher, learning=learning),
+            FrozenStore(folder=cache, facts=facts, writes=keeps, note=watcher.note),
         )
 
     frozen = run_frozen(data, learning=True)
@@ -152,7 +173,7 @@ def prepare(
         data=frozen,
         unseen=frozen if unseen is None else run_frozen(unseen, learning=False),
         n_samples={medium.name: len(data)},
-        model=f"{_model_name(settings.model)} with weights {_digest_weights(family, pipeline)}",
+        model=f"{_model_name(settings.model)} with weights {weights}",
         manifest=Manifest(
             backbone=family.name,
             base_model=_model_name(settings.model),
@@ -197,6 +218,14 @@ def _first_concept(
         scales = torch.full((spec.width,), settings.init_scale)
         streams[stream] = TrainableStream(record, registry, spec, vectors, scales)
     return TrainableConcept(record, streams)
+
+
+def _list_facts(settings: TrainSettings, *, learning: bool) -> dict[str, str]:
+    """Return the settings that the frozen models' outcome depends on."""
+    values = dump_settings(settings)
+    names = _FROZEN | ({"seed"} if values.get("crops", 1) > 1 else set())
+    facts = {name: str(values[name]) for name in sorted(names & values.keys())}
+    return facts | {"backbone": settings.family.name, "learning": str(learning)}
 
 
 def _model_name(model: str) -> str:

@@ -109,7 +109,8 @@ class _Run:
             raise InputError(
                 f"this Python process works on {self.device.type} already; start another for {device.type}"
             )
-        self.prepared = prepare(settings, medium, data, unseen, self.device, watcher)
+        cache, main = settings.cache_dir or self.folder, self.accelerator.is_main_process
+        self.prepared = prepare(settings, medium, data, unseen, self.device, cache, watcher, keeps=main)
         self.pipeline, self.streams = self.prepared.pipeline, self.prepared.streams
         self.objective = medium.objective(settings, self.pipeline)
         self.placement = Placement(self.pipeline, settings, self.device, watcher)
