@@ -63,4 +63,4 @@ class _ClipProbe:
         guess.backward(torch.empty_like(guess))
 
     def describe(self) -> str:
-        return f"{self._settings.frames} frames of {self._settings.width}x{self._settings.height}"
+        return f"for {self._settings.frames} frames of {self._settings.width}x{self._settings.height}"
