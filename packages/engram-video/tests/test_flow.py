@@ -8,7 +8,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from video_builders import LATENTS, WIDTH, build_wan
 
 from engram_core import InputError
+from engram_core.torch.offload import BlockOffload
 from engram_video.training.flow import ClipFlow
+from engram_vision.memory import offload_blocks
 
 
 @pytest.fixture(params=[True, False], ids=["a time a token", "a time a clip"])
@@ -42,6 +44,31 @@ def test_gradients_reach_the_text_states_alone(wan):
     )
     loss.sum().backward()
     assert float(text.grad.abs().max()) > 0
+
+
+@pytest.mark.parametrize("way", ["blocks in turn", "checkpoints"])
+def test_saving_memory_changes_no_gradient(wan, way):
+    wan.transformer.requires_grad_(False)
+    draws = torch.Generator().manual_seed(0)
+    latents, noise = (torch.randn(2, LATENTS, 2, 4, 4, generator=draws) for _ in range(2))
+    words = torch.randn(2, 7, WIDTH, generator=draws)
+
+    def gradient():
+        states = words.clone().requires_grad_()
+        ClipFlow(wan).losses(
+            latents, noise, torch.tensor([0.2, 0.7]), {"encoder_hidden_states": states}
+        ).sum().backward()
+        return states.grad
+
+    expected = gradient()
+    blocks = offload_blocks(wan.transformer)
+    assert blocks == list(wan.transformer.blocks)
+    if way == "checkpoints":
+        wan.transformer.train().enable_gradient_checkpointing()
+        assert torch.equal(gradient(), expected)
+    else:
+        with BlockOffload(blocks, "cpu", model=wan.transformer):
+            assert torch.equal(gradient(), expected)
 
 
 @pytest.mark.parametrize(
