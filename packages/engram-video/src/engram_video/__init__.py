@@ -12,7 +12,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from engram_video.settings import Wan22GenerateSettings, Wan22TrainSettings
+    from engram_video.clipsets import build_clips
+    from engram_video.evaluation.run import evaluate
+    from engram_video.generation import generate
+    from engram_video.settings import (
+        Wan22ClipsSettings,
+        Wan22EvaluateSettings,
+        Wan22GenerateSettings,
+        Wan22TrainSettings,
+    )
+    from engram_video.training.clips import train
     from engram_vision import (
         LoadedEngram,
         disable_engrams,
@@ -27,26 +36,40 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LoadedEngram",
+    "Wan22ClipsSettings",
+    "Wan22EvaluateSettings",
     "Wan22GenerateSettings",
     "Wan22TrainSettings",
     "__version__",
+    "build_clips",
     "disable_engrams",
     "enable_engrams",
+    "evaluate",
+    "generate",
     "list_engrams",
     "load_engram",
     "set_strength",
+    "train",
     "unload_engrams",
 ]
 
-_OWN = {"Wan22GenerateSettings", "Wan22TrainSettings"}
+_HOMES = {
+    "Wan22ClipsSettings": "engram_video.settings",
+    "Wan22EvaluateSettings": "engram_video.settings",
+    "Wan22GenerateSettings": "engram_video.settings",
+    "Wan22TrainSettings": "engram_video.settings",
+    "build_clips": "engram_video.clipsets",
+    "evaluate": "engram_video.evaluation.run",
+    "generate": "engram_video.generation",
+    "train": "engram_video.training.clips",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import_module("engram_video.families")  # makes them known
-    home = "engram_video.settings" if name in _OWN else "engram_vision"
-    value = globals()[name] = getattr(import_module(home), name)
+    value = globals()[name] = getattr(import_module(_HOMES.get(name, "engram_vision")), name)
     return value
 
 

@@ -59,11 +59,10 @@ class Wan22(DiffusersBackbone):
         overwrite: bool = False,
         watcher: Watcher | None = None,
     ) -> TrainReport:
-        """Train one concept from clips; see `engram_vision.training.trainer.train`."""
-        from engram_video.training.clips import CLIPS  # imports torch
-        from engram_vision.training.trainer import train
+        """Train one concept from clips; see `engram_video.training.clips.train`."""
+        from engram_video.training.clips import train  # imports torch
 
-        return train(settings, resume=resume, overwrite=overwrite, watcher=watcher, medium=CLIPS)
+        return train(settings, resume=resume, overwrite=overwrite, watcher=watcher)
 
     def generate(
         self, settings: Wan22GenerateSettings, *, overwrite: bool = False, watcher: Watcher | None = None

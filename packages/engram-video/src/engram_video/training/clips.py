@@ -16,7 +16,7 @@ import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor
 
-from engram_core import Watcher
+from engram_core import TrainReport, Watcher
 from engram_video.clips import read_clip
 from engram_video.dataset import CaptionedClip, read_clips
 from engram_video.drawing import draw_clips, save_clip
@@ -27,9 +27,10 @@ from engram_video.settings import Wan22TrainSettings
 from engram_video.training.flow import ClipFlow
 from engram_vision.drawing import Drawing
 from engram_vision.memory import Estimate
+from engram_vision.training import trainer
 from engram_vision.training.frozen import Latents, digest_parts
 
-__all__ = ["CLIPS", "Clips", "encode_clips"]
+__all__ = ["CLIPS", "Clips", "encode_clips", "train"]
 
 _PREVIEW_STEPS, _PREVIEW_GUIDANCE, _PREVIEW_FPS = 25, 5.0, 8
 
@@ -108,6 +109,20 @@ class Clips:
 
 
 CLIPS = Clips()
+
+
+def train(
+    settings: Wan22TrainSettings, *, resume: bool = False, overwrite: bool = False, watcher: Watcher | None = None
+) -> TrainReport:
+    """Train one concept from clips; see `engram_vision.training.trainer.train`, whose errors are these.
+
+    Args:
+        settings: what to train, on what and how.
+        resume: go on with an interrupted run.
+        overwrite: replace the adapter file, and begin anew in a run folder that is in use.
+        watcher: hears how it goes.
+    """
+    return trainer.train(settings, resume=resume, overwrite=overwrite, watcher=watcher, medium=CLIPS)
 
 
 @torch.no_grad()
