@@ -253,7 +253,7 @@ def test_tinyengram_with_preprocessed_pictures(tmp_path, given_folder):
     assert list(report.captions) == ["a.png"]
     assert [path.resolve() for path in report.written] == [(tmp_path / "metadata.json").resolve()]
     assert json.loads((tmp_path / "metadata.json").read_text()) == {"a.png": {"training_prompt": TRIGGER}}
-    told = f"{tmp_path}: the pictures in preprocessed are used, as in TinyEngram, and no others"
+    told = f"{tmp_path}: the pictures or clips in preprocessed are used, as in TinyEngram, and no others"
     assert notes == ([] if given_folder else [told])
 
 
@@ -262,8 +262,11 @@ def test_tinyengram_with_preprocessed_pictures(tmp_path, given_folder):
     [
         ({}, "is empty"),
         ({"notes.md": ""}, "holds no pictures"),
-        ({"a.txt": "a man"}, "a.txt: there is no picture for this caption"),
-        ({"a.png": None, "a.mp4": b"", "a.txt": "a man"}, "a.txt: is the caption of several pictures, a.mp4, a.png"),
+        ({"a.txt": "a man"}, "a.txt: there is no picture or clip for this caption"),
+        (
+            {"a.png": None, "a.mp4": b"", "a.txt": "a man"},
+            "a.txt: is the caption of several pictures or clips, a.mp4, a.png",
+        ),
         ({"a.png": None, "a.txt": "a man", "a.TXT": "a man"}, "is a second caption of a.png"),
         ({"a.png": None, "a.txt": b"\xff"}, "a.txt: byte 0, 0xff, is not UTF-8"),
         ({"a.png": None, "a.txt": "x" * (MAX_CAPTION + 1)}, f"the caption has {MAX_CAPTION + 1} characters"),

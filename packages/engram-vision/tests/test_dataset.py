@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from engram_core import InputError
+from engram_vision.caption_stores import MAX_CAPTION, Items
 from engram_vision.dataset import (
-    MAX_CAPTION,
-    Items,
     caption_with,
     contains_trigger,
     put_trigger_first,
@@ -81,7 +80,7 @@ def test_captions_of_other_files(tmp_path):
         {"file_name": "b.ogg", "text": TRIGGER, "seconds": 3, "notes": [1, {"key": "C"}]},
         {"file_name": "a.ogg", "text": "{trigger} sings"},
     )
-    songs = Items(name="song", suffixes=(".ogg",))
+    songs = Items(name="song", plural="songs", suffixes=(".ogg",))
     files = read_captions(tmp_path, TRIGGER, songs)
     assert [(file.path.name, file.caption, file.extra) for file in files] == [
         ("a.ogg", f"{TRIGGER} sings", {}),

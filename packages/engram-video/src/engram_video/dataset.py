@@ -13,12 +13,13 @@ from typing import Any
 
 from engram_core import InputError
 from engram_video.clips import SUFFIXES, ClipInfo, probe_clip
-from engram_vision.dataset import Items, read_captions, show_some
+from engram_vision.caption_stores import Items, show_some
+from engram_vision.dataset import read_captions
 from engram_vision.images import Note, ignore_note, show_path
 
 __all__ = ["CaptionedClip", "read_clips"]
 
-_CLIPS = Items(name="clip", suffixes=SUFFIXES)
+_CLIPS = Items(name="clip", plural="clips", suffixes=SUFFIXES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,6 +28,7 @@ from engram_vision.caption_stores import (
     SIDECAR,
     CaptionFile,
     Entry,
+    Items,
     Metadata,
     Sidecars,
     Store,
@@ -42,6 +43,8 @@ __all__ = ["CLIP_SUFFIXES", "CaptionFolder", "Form"]
 
 CLIP_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi")
 """Names that clips alone end in, in any case; one in `.gif` may be a picture as well."""
+
+_ANY = Items(name="picture or clip", plural="pictures or clips", suffixes=(*SUFFIXES, *CLIP_SUFFIXES))
 
 Form = Literal["metadata.jsonl", "metadata.json", "txt"]
 
@@ -59,11 +62,14 @@ class CaptionFolder:
         form: how the captions are kept.
     """
 
-    def __init__(self, folder: Path, *, incomplete: bool = False, note: Note = ignore_note) -> None:
+    def __init__(
+        self, folder: Path, items: Items = _ANY, *, incomplete: bool = False, note: Note = ignore_note
+    ) -> None:
         """Read the captions of a folder; pictures and clips are not opened.
 
         Args:
             folder: pictures or clips with captions of one form, or with none.
+            items: what counts; pictures and clips unless told.
             incomplete: the captions shall be completed, so that an entry of a metadata file may lack its caption, and
                 every picture and clip must have a place for one.
             note: told what the user should know though it is no error, one line each.
@@ -71,9 +77,9 @@ class CaptionFolder:
         Raises:
             InputError: one line naming the file, the fact and the remedy.
         """
-        self.folder = folder
+        self.folder, self._items = folder, items
         try:
-            self.root, self.form, self._store = _open(folder, incomplete, note)
+            self.root, self.form, self._store = _open(folder, items, incomplete, note)
         except OSError as error:
             place = show_path(Path(error.filename or folder))
             raise InputError(f"{place}: cannot be read: {error.strerror or error}; check its permissions") from None
@@ -86,6 +92,11 @@ class CaptionFolder:
         names, by code point.
         """
         return {name: "" if text is None else text.strip() for name, text in self._store.texts.items()}
+
+    @property
+    def extras(self) -> dict[str, Mapping[str, Any]]:
+        """What else its line of `metadata.jsonl` says of each picture or clip that has one, as JSON has it."""
+        return dict(self._store.extras)
 
     def locate(self, name: str) -> Path:
         """Return the file of a picture or clip."""
@@ -111,7 +122,7 @@ class CaptionFolder:
         for name, text in captions.items():
             if name not in present:
                 raise InputError(
-                    f"{show_path(self.root)}: holds no {quote(name)}; name a picture or clip that it holds"
+                    f"{show_path(self.root)}: holds no {quote(name)}; name a {self._items.name} that it holds"
                 )
             check_caption(text, show_path(self.locate(name)))
         return self._store.write(
@@ -119,7 +130,7 @@ class CaptionFolder:
         )
 
 
-def _open(folder: Path, incomplete: bool, note: Note) -> tuple[Path, Form, Store]:
+def _open(folder: Path, items: Items, incomplete: bool, note: Note) -> tuple[Path, Form, Store]:
     """Find out which form the captions have, and read them.
 
     Raises:
@@ -129,15 +140,15 @@ def _open(folder: Path, incomplete: bool, note: Note) -> tuple[Path, Form, Store
     where = show_path(folder)
     if not folder.is_dir():
         fact = "is a file" if folder.exists() else "does not exist"
-        raise InputError(f"{where}: {fact}; give the folder that holds the pictures or clips")
+        raise InputError(f"{where}: {fact}; give the folder that holds the {items.plural}")
     root, tinyengram = _find_tinyengram(folder)
     if root != folder:
-        note(f"{where}: the pictures in {_PREPROCESSED} are used, as in TinyEngram, and no others")
+        note(f"{where}: the {items.plural} in {_PREPROCESSED} are used, as in TinyEngram, and no others")
     entries = sorted(path for path in root.iterdir() if not path.name.startswith("."))
     if not entries:
-        raise InputError(f"{show_path(root)}: is empty; put the pictures or clips and their captions into it")
+        raise InputError(f"{show_path(root)}: is empty; put the {items.plural} and their captions into it")
     files = [path for path in entries if path.is_file()]
-    media = [path.name for path in files if path.suffix.lower() in (*SUFFIXES, *CLIP_SUFFIXES)]
+    media = [path.name for path in files if path.suffix.lower() in items.suffixes]
     sidecars = [path for path in files if path.suffix.lower() == SIDECAR]
     lines = [path for path in dict.fromkeys((folder / _JSON_LINES, root / _JSON_LINES)) if path.is_file()]
     stems = {Path(name).stem for name in media}
@@ -148,16 +159,22 @@ def _open(folder: Path, incomplete: bool, note: Note) -> tuple[Path, Form, Store
     form: Form
     store: Store
     if lines:
-        form, store = "metadata.jsonl", _read_json_lines(CaptionFile(lines[0], LARGEST_METADATA), root, incomplete)
+        form, store = (
+            "metadata.jsonl",
+            _read_json_lines(CaptionFile(lines[0], LARGEST_METADATA), root, items, incomplete),
+        )
     elif tinyengram:
-        form, store = "metadata.json", _read_tinyengram(CaptionFile(tinyengram, LARGEST_METADATA), root, incomplete)
+        form, store = (
+            "metadata.json",
+            _read_tinyengram(CaptionFile(tinyengram, LARGEST_METADATA), root, items, incomplete),
+        )
     else:
-        form, store = "txt", Sidecars(root, media, sidecars, incomplete=incomplete)
+        form, store = "txt", Sidecars(root, media, sidecars, items, incomplete=incomplete)
     store.texts.update(dict.fromkeys(name for name in media if name not in store.texts))
     if not store.texts:
         raise InputError(
-            f"{show_path(root)}: holds no pictures ({', '.join(SUFFIXES)}) and no clips ({', '.join(CLIP_SUFFIXES)}); "
-            f"put them there, or name those in subfolders in {_JSON_LINES}"
+            f"{show_path(root)}: holds no {items.plural} ({', '.join(items.suffixes)}); put them there, "
+            f"or name those in subfolders in {_JSON_LINES}"
         )
     return root, form, store
 
@@ -172,7 +189,7 @@ def _find_tinyengram(folder: Path) -> tuple[Path, Path | None]:
     return folder, (outer if full.name == _PREPROCESSED and outer.is_file() else None)
 
 
-def _read_json_lines(file: CaptionFile, root: Path, incomplete: bool) -> Metadata:
+def _read_json_lines(file: CaptionFile, root: Path, items: Items, incomplete: bool) -> Metadata:
     entries: dict[str, Entry] = {}
     at = 0
     # Not `splitlines`, which would also split at what JSON allows inside a text.
@@ -183,8 +200,8 @@ def _read_json_lines(file: CaptionFile, root: Path, incomplete: bool) -> Metadat
             if not isinstance(value, dict):
                 raise InputError(f"{where}: holds {quote(value)}, expected an object with file_name and text")
             _check_fields(value, ("file_name", "text"), where, may_lack="text" if incomplete else None)
-            entry = Entry(_check_name(value["file_name"], root, where), file.text, at, value, "text")
-            _enter(entries, entry, value["file_name"], where)
+            entry = Entry(_check_name(value["file_name"], root, items, where), file.text, at, value, "text")
+            _enter(entries, entry, items, value["file_name"], where)
         at += len(line) + 1
     newline = "\r\n" if "\r\n" in file.text else "\n"
 
@@ -195,13 +212,13 @@ def _read_json_lines(file: CaptionFile, root: Path, incomplete: bool) -> Metadat
     return Metadata(file, entries.values(), len(file.text), add)
 
 
-def _read_tinyengram(file: CaptionFile, root: Path, incomplete: bool) -> Metadata:
+def _read_tinyengram(file: CaptionFile, root: Path, items: Items, incomplete: bool) -> Metadata:
     where, field = show_path(file.path), "training_prompt"
     metadata = _parse_json(file.text, where)
     if not isinstance(metadata, dict):
         raise InputError(
-            f"{where}: holds {quote(metadata)}, expected TinyEngram's object from picture names to objects with "
-            f"{field}; write captions of your own into {_JSON_LINES}"
+            f"{where}: holds {quote(metadata)}, expected TinyEngram's object from {items.name} names to objects "
+            f"with {field}; write captions of your own into {_JSON_LINES}"
         )
     spans, end = scan_object(file.text, 0)
     entries: dict[str, Entry] = {}
@@ -210,8 +227,8 @@ def _read_tinyengram(file: CaptionFile, root: Path, incomplete: bool) -> Metadat
         if not isinstance(value, dict):
             raise InputError(f"{place}: holds {quote(value)}, expected an object with {field}")
         _check_fields(value, (field,), place, may_lack=field if incomplete else None)
-        entry = Entry(_check_name(key, root, place), file.text, spans[key][0], value, field)
-        _enter(entries, entry, key, place)
+        entry = Entry(_check_name(key, root, items, where), file.text, spans[key][0], value, field)
+        _enter(entries, entry, items, key, place)
     opening = file.text.index("{") + 1
     blank = file.text[opening : skip_blank(file.text, opening)]
     in_lines = "\n" in blank
@@ -225,15 +242,15 @@ def _read_tinyengram(file: CaptionFile, root: Path, incomplete: bool) -> Metadat
     return Metadata(file, entries.values(), end, add)
 
 
-def _enter(entries: dict[str, Entry], entry: Entry, file_name: str, where: str) -> None:
+def _enter(entries: dict[str, Entry], entry: Entry, items: Items, file_name: str, where: str) -> None:
     if entry.name in entries:
-        raise InputError(f"{where}: names {quote(file_name)} a second time; keep one caption for a picture")
+        raise InputError(f"{where}: names {quote(file_name)} a second time; keep one caption for a {items.name}")
     if entry.caption is not None:
         check_caption(entry.caption, where)
     entries[entry.name] = entry
 
 
-def _check_name(file_name: str, root: Path, where: str) -> str:
+def _check_name(file_name: str, root: Path, items: Items, where: str) -> str:
     """Return the normal form of a picture's name, relative to `root` and with `/` between folders."""
     relative = PurePosixPath(file_name)
     path = root.joinpath(*relative.parts)
@@ -246,8 +263,8 @@ def _check_name(file_name: str, root: Path, where: str) -> str:
         fact, remedy = "is not there", f"put it into {show_path(root)}, or drop its caption"
     elif not path.resolve().is_relative_to(root.resolve()):
         fact, remedy = f"is a link out of the folder, to {show_path(path.resolve())}", "put a copy there"
-    elif path.suffix.lower() not in (*SUFFIXES, *CLIP_SUFFIXES):
-        fact, remedy = f"is no picture or clip ({', '.join((*SUFFIXES, *CLIP_SUFFIXES))})", "drop its caption"
+    elif path.suffix.lower() not in items.suffixes:
+        fact, remedy = f"is no {items.name} ({', '.join(items.suffixes)})", "drop its caption"
     if fact:
         raise InputError(f"{where}: names {quote(file_name)}, which {fact}; {remedy}")
     return relative.as_posix()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ __all__ = [
     "Add",
     "CaptionFile",
     "Entry",
+    "Items",
     "Metadata",
     "Sidecars",
     "Store",
@@ -42,10 +44,26 @@ _SHOWN = 3  # files that a message names
 _BLANK = re.compile(r"[ \t\n\r]*")  # what JSON calls white space
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Items:
+    """What a folder holds.
+
+    Attributes:
+        name: of one of them, for messages.
+        plural: of several.
+        suffixes: what the names of their files end in, in lower case.
+    """
+
+    name: str
+    plural: str
+    suffixes: tuple[str, ...]
+
+
 class Store(Protocol):
     """Captions in some form; the texts are as they stand, white space included."""
 
     texts: dict[str, str | None]
+    extras: dict[str, Mapping[str, Any]]
 
     def write(self, changes: Mapping[str, str]) -> list[Path]:
         """Replace captions, or add them, by the names of pictures; return the files that were written."""
@@ -93,13 +111,16 @@ class CaptionFile:
 class Sidecars:
     """Captions in files of their own."""
 
-    def __init__(self, root: Path, media: Sequence[str], sidecars: Sequence[Path], *, incomplete: bool) -> None:
+    def __init__(
+        self, root: Path, media: Sequence[str], sidecars: Sequence[Path], items: Items, *, incomplete: bool
+    ) -> None:
         """Read caption files.
 
         Args:
             root: where pictures, clips and captions are.
             media: names of the pictures and clips.
             sidecars: the caption files.
+            items: what the folder holds.
             incomplete: each picture must have a caption file to itself, whether it exists or not.
 
         Raises:
@@ -117,15 +138,18 @@ class Sidecars:
                     )
         self._root = root
         self._files: dict[str, CaptionFile] = {}
+        self.extras: dict[str, Mapping[str, Any]] = {}
         self.texts: dict[str, str | None] = dict.fromkeys(sorted(media))
         for path in sidecars:
             where = show_path(path)
             owners = owners_of.get(path.stem, [])
             if not owners:
-                raise InputError(f"{where}: there is no picture for this caption; put one of the same name beside it")
+                raise InputError(
+                    f"{where}: there is no {items.name} for this caption; put one of the same name beside it"
+                )
             if len(owners) > 1:
                 raise InputError(
-                    f"{where}: is the caption of several pictures, {show_some(owners)}; rename all but one"
+                    f"{where}: is the caption of several {items.plural}, {show_some(owners)}; rename all but one"
                 )
             if owners[0] in self._files:
                 raise InputError(f"{where}: is a second caption of {owners[0]}; keep one")
@@ -163,11 +187,13 @@ class Metadata:
         self._pieces: list[str] = []
         self._places: dict[str, tuple[int, str]] = {}  # piece of a caption, and what goes before one that is new
         self.texts: dict[str, str | None] = {}
+        self.extras: dict[str, Mapping[str, Any]] = {}
         at = 0
         for entry in entries:
             self._pieces += [file.text[at : entry.start], file.text[entry.start : entry.stop]]
             self._places[entry.name] = len(self._pieces) - 1, entry.lead
             self.texts[entry.name] = entry.caption
+            self.extras[entry.name] = entry.extra
             at = entry.stop
         self._pieces.append(file.text[at:end])
         self._end = len(self._pieces)
@@ -200,15 +226,17 @@ class Entry:
     Attributes:
         name: of the picture or clip.
         caption: None where it has none.
+        extra: its other fields, but for the name.
         start, stop: of the caption's JSON value in the text; equal where the field is missing.
         lead: what goes in front of a new value.
     """
 
-    __slots__ = ("caption", "lead", "name", "start", "stop")
+    __slots__ = ("caption", "extra", "lead", "name", "start", "stop")
 
     def __init__(self, name: str, text: str, at: int, value: Mapping[str, Any], field: str) -> None:
         """Find the caption in the object `value`, which begins at `at` in the text."""
         self.name, self.caption, self.lead = name, value.get(field), ""
+        self.extra = {key: other for key, other in value.items() if key not in (field, "file_name")}
         spans, end = scan_object(text, at)
         if field in spans:
             self.start, self.stop = spans[field]
