@@ -12,23 +12,16 @@ from video_builders import FRAMES, SIZE, TRIGGER, make_adapter
 
 from engram_core import EvaluatingBackbone, InputError, TargetExistsError, Watcher
 from engram_core.settings import Layer, resolve_settings
+from engram_video import shipped
 from engram_video.clips import read_clip, write_clip
-from engram_video.evaluation import judges as judges_module
-from engram_video.evaluation import run
-from engram_video.evaluation.measures import (
-    Figure,
-    compare_bytes,
-    list_spread,
-    measure_consistency,
-    measure_identity,
-    sum_up,
-)
-from engram_video.evaluation.plot import draw_plot
+from engram_video.evaluation import clips as kind
 from engram_video.evaluation.warping import has_flow
 from engram_video.settings import Wan22EvaluateSettings
 from engram_video.wan22 import WAN22
 from engram_vision.demo.characters import read_characters
 from engram_vision.demo.judge import Judge
+from engram_vision.evaluation import run
+from engram_vision.evaluation.measures import measure_consistency, measure_identity
 from engram_vision.features import JudgeModel, load_feature_model, read_references
 from engram_vision.generation import save_png
 from engram_vision.shipped import characters_folder, judge_folder
@@ -112,33 +105,6 @@ def test_a_clip_that_stands_still_has_consistency_one(eye):
     assert measure_consistency("eye", model.embed([Image.fromarray(picture())])) == []
 
 
-def test_one_changed_byte_is_found():
-    clip = moving()
-    other = clip.copy()
-    other[-1, -1, -1, -1] ^= 1
-    assert compare_bytes([("same", clip, clip.copy()), ("changed", clip, other)]) == (1, ["changed"])
-    assert compare_bytes([("shorter", clip, clip[1:])]) == (0, ["shorter"])
-
-
-def test_means_and_spread_are_over_clips():
-    def figures(*values):
-        return [[Figure(subject="eye", metric="identity", value=value, higher_is_better=True)] for value in values]
-
-    given = {"base": figures(0.5), "engram": figures(0.6, 0.8)}
-    (measure,) = sum_up(given)
-    assert measure.values == pytest.approx({"base": 0.5, "engram": 0.7})
-    assert measure.errors == pytest.approx({"engram": 0.1})
-    assert list_spread(given)["identity"] == pytest.approx({"engram": 0.02**0.5})
-
-
-@pytest.mark.parametrize("curve", [[0.5], [0.5, 0.5], [-0.2, 1.0, 0.3], [0.99, 0.9901]])
-def test_curves_of_any_kind_are_drawn(curve):
-    blank = np.asarray(draw_plot("identity", {"base": [np.array([0.1, 0.1], np.float32)]}))
-    drawn = np.asarray(draw_plot("identity", {"base": [np.array(curve, np.float32)] * 2, "engram": [np.ones(7)]}))
-    assert drawn.shape == (320, 640, 3)
-    assert (drawn != blank).any()
-
-
 # Drawing and measuring
 
 
@@ -160,7 +126,7 @@ def test_base_and_engram_are_measured_on_the_same_prompts_and_seeds(settings_for
     assert found["identity"].difference != 0
     assert found["identical clips of 2"].values == {"engram": 2}
     assert report.details["failures"] == []
-    assert [(clip["variant"], clip["prompt"], clip["seed"]) for clip in report.details["clips"]] == [
+    assert [(clip["variant"], clip["prompt"], clip["seed"]) for clip in report.details["shown"]] == [
         (variant, PROMPT, seed) for variant in ("base", "engram") for seed in (0, 1)
     ]
     (used,) = report.adapters
@@ -188,7 +154,7 @@ def test_base_and_engram_are_measured_on_the_same_prompts_and_seeds(settings_for
 
     # The files say what they are, so the same folder can be measured without drawing; encoding changes little.
     again = by_metric(
-        WAN22.evaluate(replace(settings, clips=(folder,), prompts=(), control_prompts=(), adapters=(), output=None))
+        WAN22.evaluate(replace(settings, files=(folder,), prompts=(), control_prompts=(), adapters=(), output=None))
     )
     assert again["identity"].values == pytest.approx(found["identity"].values, abs=0.1)
     assert again["adherence"].values.keys() == {"base", "engram"}
@@ -256,17 +222,17 @@ def test_clips_on_disk_are_measured_with_the_prompts_beside_them(settings_for, e
     save_png(Image.fromarray(picture()), folder / "sheet.png", {}, overwrite=False)
     (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "still.mp4", "text": CONTROL}), encoding="utf-8")
     settings = settings_for(
-        adapters=(), prompts=(), clips=(folder,), references=save_references(tmp_path / "references"), text_model=eye
+        adapters=(), prompts=(), files=(folder,), references=save_references(tmp_path / "references"), text_model=eye
     )
     report = WAN22.evaluate(settings)
-    assert [(clip["variant"], clip["prompt"], clip["seed"]) for clip in report.details["clips"]] == [
+    assert [(clip["variant"], clip["prompt"], clip["seed"]) for clip in report.details["shown"]] == [
         ("base", PROMPT, 3),
-        ("clips", CONTROL, None),
+        ("files", CONTROL, None),
     ]
     found = by_metric(report)
-    assert found["identity"].values["clips"] == pytest.approx(1, abs=0.02)
-    assert found["identity drop"].values["base"] > found["identity drop"].values["clips"]
-    assert found["adherence"].values.keys() == {"base", "clips"}
+    assert found["identity"].values["files"] == pytest.approx(1, abs=0.02)
+    assert found["identity drop"].values["base"] > found["identity drop"].values["files"]
+    assert found["adherence"].values.keys() == {"base", "files"}
     assert read_clip(folder / "still.mp4").frames.shape[0] == 9
 
 
@@ -275,18 +241,18 @@ def test_pictures_are_clips_of_one_frame(settings_for, eye, tmp_path):
     facts = {"prompt": PROMPT, "engrams": '[{"file": "one"}]', "seed": "1"}
     save_png(Image.fromarray(picture()), tmp_path / "own.png", facts, overwrite=False)
     given = {"adapters": (), "prompts": (), "references": folder, "text_model": eye}
-    report = WAN22.evaluate(settings_for(**given, clips=(tmp_path / "own.png", folder)))
+    report = WAN22.evaluate(settings_for(**given, files=(tmp_path / "own.png", folder)))
     found = by_metric(report)
     assert found.keys() == {"identity", "adherence"}
-    assert found["identity"].values == pytest.approx({"engram": 1, "clips": 1})
+    assert found["identity"].values == pytest.approx({"engram": 1, "files": 1})
     with pytest.raises(InputError, match="nothing can be measured: there is no prompt"):
-        WAN22.evaluate(settings_for(adapters=(), prompts=(), clips=(folder,)))
+        WAN22.evaluate(settings_for(adapters=(), prompts=(), files=(folder,)))
 
 
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
-        ("nowhere", None, "nowhere: does not exist; give clips, pictures, or a folder"),
+        ("nowhere", None, "nowhere: does not exist; give files, or a folder"),
         ("folder", {}, "folder: holds neither clips"),
         ("folder", {"a.mp4": b"junk"}, r"a\.mp4: begins with b'junk'"),
         ("folder", {"a.png": b"junk"}, r"a\.png: its 4 bytes are no PNG"),
@@ -302,14 +268,14 @@ def test_files_that_cannot_be_measured_are_refused(settings_for, tmp_path, name,
             else:
                 (tmp_path / name / file).write_bytes(data)
     with pytest.raises(InputError, match=told):
-        WAN22.evaluate(settings_for(adapters=(), prompts=(), clips=(tmp_path / name,)))
+        WAN22.evaluate(settings_for(adapters=(), prompts=(), files=(tmp_path / name,)))
 
 
 # The judge of the small world
 
 
 def test_the_shipped_judge_counts_frames_that_are_right(settings_for, tmp_path, monkeypatch):
-    monkeypatch.setattr(judges_module, "judge_folder", judge_folder)  # of pictures, which always ships
+    monkeypatch.setattr(kind, "judge_folder", judge_folder)  # of pictures, which always ships
     zorbit, fenny = (characters_folder() / name for name in ("zorbit-quell", "fenny-wumble"))
     shown = [np.asarray(each) for each in read_references(zorbit)][:1] * 3
     shown += [np.asarray(each) for each in read_references(fenny)][:1]
@@ -319,16 +285,16 @@ def test_the_shipped_judge_counts_frames_that_are_right(settings_for, tmp_path, 
     settings = settings_for(
         adapters=(),
         prompts=(),
-        clips=(tmp_path / "own.mp4", tmp_path / "other.mp4"),
+        files=(tmp_path / "own.mp4", tmp_path / "other.mp4"),
         image_model="tiny",
         text_model="tiny",
         references=zorbit,
     )
     report = WAN22.evaluate(settings, watcher=ear)
     found = by_metric(report)
-    assert found["subject right"].values == {"clips": 0.75}
-    assert found["scene right"].values == {"clips": 0.75}
-    assert found["identity drop"].values["clips"] > 0.3
+    assert found["subject right"].values == {"files": 0.75}
+    assert found["scene right"].values == {"files": 0.75}
+    assert found["identity drop"].values["files"] > 0.3
     assert "'Zorbit Quell somewhere' names no scene of the small world, or several; it is not measured" in ear.notes
     mixed = tmp_path / "mixed"
     mixed.mkdir()
@@ -340,17 +306,17 @@ def test_the_shipped_judge_counts_frames_that_are_right(settings_for, tmp_path, 
 
 
 def test_a_judge_that_is_missing_is_told(monkeypatch, tmp_path):
-    monkeypatch.setattr(judges_module, "__file__", str(tmp_path / "evaluation" / "judges.py"))
+    monkeypatch.setattr(shipped, "_ROOT", tmp_path)
     with pytest.raises(
         InputError, match=r"judge: config\.json is missing; install its package again, or run its recipe"
     ):
-        judges_module.judge_folder()
+        shipped.judge_folder()
 
 
 def test_the_judge_of_tinys_clips_knows_the_demos_characters():
-    if not (Path(judges_module.__file__).parents[1] / "tiny" / "judge").is_dir():
+    if not (Path(shipped.__file__).parent / "tiny" / "judge").is_dir():
         pytest.skip("the tiny checkpoint of wan22 does not ship yet")
-    judge = JudgeModel(Judge.load(judges_module.judge_folder()))
+    judge = JudgeModel(Judge.load(shipped.judge_folder()))
     for character in read_characters()[0]:
         assert judge.find_subject(read_references(character.folder)) == {"kind": "monster", **character.attributes}
 
@@ -370,7 +336,7 @@ def test_it_can_evaluate_and_tiny_has_settings_of_its_own():
     ("changes", "told"),
     [
         ({"prompts": (), "control_prompts": ()}, "there is nothing to measure on; give --prompt"),
-        ({"clips": ("a.mp4",)}, "clips are measured as they are; leave out prompts"),
+        ({"files": ("a.mp4",)}, "files are measured as they are; leave out prompts"),
         ({"adapters": (), "control_prompts": (CONTROL,)}, "control_prompts compare base and engram; give --adapter"),
         ({"base": False, "control_prompts": (CONTROL,)}, "control_prompts compare base and engram"),
         ({"base": False, "adapters": ()}, "nothing to draw without the base model"),
@@ -392,7 +358,10 @@ def test_settings_that_contradict_one_another_are_refused(settings_for, changes,
     ("changes", "told"),
     [
         ({"prompts": (CONTROL,)}, f"prompt '{CONTROL}' holds no trigger, .*; put '{TRIGGER}' into it"),
-        ({"control_prompts": (f"a photo of {TRIGGER}",)}, f"holds the trigger '{TRIGGER}', which changes the clip"),
+        (
+            {"control_prompts": (f"a photo of {TRIGGER}",)},
+            f"holds the trigger '{TRIGGER}', which changes what is drawn",
+        ),
         ({"references": "nowhere"}, "nowhere: is no folder; give one with reference pictures"),
         ({"image_model": "here"}, "is a umt5 model, which reads no pictures"),
         ({"text_model": "here"}, "is a umt5 model, which reads no pictures"),
@@ -406,7 +375,7 @@ def test_what_cannot_be_measured_is_refused_before_the_model_is_loaded(settings_
 
 
 def test_the_warping_error_is_refused_or_left_out_without_its_library(settings_for, monkeypatch):
-    monkeypatch.setattr("engram_video.evaluation.run.has_flow", lambda: False)
+    monkeypatch.setattr("engram_video.evaluation.clips.has_flow", lambda: False)
     monkeypatch.setattr("engram_video.evaluation.warping.has_flow", lambda: False)
     with pytest.raises(InputError, match="the warping error needs OpenCV"):
         WAN22.evaluate(settings_for(warping=True))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from engram_video.clipsets import build_clips
-    from engram_video.evaluation.run import evaluate
+    from engram_video.evaluation.clips import evaluate
     from engram_video.generation import generate
     from engram_video.settings import (
         Wan22ClipsSettings,
@@ -59,7 +59,7 @@ _HOMES = {
     "Wan22GenerateSettings": "engram_video.settings",
     "Wan22TrainSettings": "engram_video.settings",
     "build_clips": "engram_video.clipsets",
-    "evaluate": "engram_video.evaluation.run",
+    "evaluate": "engram_video.evaluation.clips",
     "generate": "engram_video.generation",
     "train": "engram_video.training.clips",
 }

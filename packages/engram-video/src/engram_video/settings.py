@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 
 from engram_core import Overlap, Rule
 from engram_video.families import WAN22
+from engram_vision.evaluation.settings import EvaluateSettings
 from engram_vision.families import Family
 from engram_vision.settings import Device, GenerateSettings, Precision, TrainSettings, too_low
 
@@ -119,90 +120,33 @@ class Wan22ClipsSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wan22EvaluateSettings:
-    """What to measure clips on, and with what.
+class Wan22EvaluateSettings(EvaluateSettings):
+    """What to measure of Wan 2.2.
 
     Attributes:
-        adapters: adapter files or hub repositories; `FILE@0.8` sets the strength of everything in it.
-        strengths: `NAME=0.5` sets one concept's strength, `0.5` every concept's; on top of the adapters' own.
-        base: also draw and measure without adapters.
-        prompts: what to draw; with adapters, each holds a trigger.
-        control_prompts: what to draw without a trigger, to see that adapters leave it as it is, byte for byte.
-        seeds: each prompt is drawn once with each.
-        clips: clips or pictures on disk, or folders of them, to measure as they are instead of drawing.
-        references: folder of pictures of the subject.
-        image_model: model of transformers whose features of frames are compared, hub id or folder, e.g. of CLIP,
-            SigLIP, DINOv2 or ViT; `tiny` is the judge that ships for clips of `tiny`.
-        text_model: model of transformers that compares frames with prompts, e.g. of CLIP or SigLIP; or `tiny`.
-        described_as: words that the text model reads in place of the triggers, which it cannot know.
-        warping: measure the warping error, which needs OpenCV; None means where that is installed.
-        output: folder for the figures, the clips, a contact sheet and a plot; None keeps none.
-        negative: negative prompt for all.
-        model: hub id or folder of the base model, or `tiny`.
-        steps: denoising steps.
-        guidance: classifier-free guidance scale.
-        width, height: pixels.
         frames: of each clip.
         fps: frames a second of the files.
-        batch_size: clips drawn at once.
-        precision: number type of the base model; the others compute in float32.
-        device: where to draw and measure.
-        low_memory: keep only the part that is at work on the device; slower.
-        force_base: use adapters that were trained on another model of the family.
+        warping: measure the warping error, which needs OpenCV; None means where that is installed.
     """
 
-    adapters: tuple[str, ...] = ()
-    strengths: tuple[str, ...] = ()
-    base: bool = True
-    prompts: tuple[str, ...] = ()
-    control_prompts: tuple[str, ...] = ()
-    seeds: tuple[int, ...] = (0,)
-    clips: tuple[Path, ...] = ()
-    references: Path | None = None
-    image_model: str | None = None
-    text_model: str | None = None
-    described_as: str | None = None
-    warping: bool | None = None
-    output: Path | None = None
-    negative: str = ""
+    drawing: ClassVar[type[GenerateSettings]] = Wan22GenerateSettings
+
     model: str = WAN22.default_model
     steps: int = 50
     guidance: float = 5.0
-    width: int = 1280
-    height: int = 704
+    width: int | None = 1280
+    height: int | None = 704
     frames: int = 121
     fps: int = 24
     batch_size: int = 1
     precision: Precision = "bf16"
-    device: Device = "auto"
-    low_memory: bool = False
-    force_base: bool = False
+    warping: bool | None = None
 
     def faults(self) -> Iterator[str]:
         """Yield what is wrong with the values."""
-        yield from too_low(self, {"steps": 1, "width": 8, "height": 8, "frames": 1, "fps": 1, "batch_size": 1})
-        if not 0 <= self.guidance < float("inf"):
-            yield f"guidance is {self.guidance}, expected a finite number of at least 0"
-        if not self.seeds or min(self.seeds) < 0:
-            yield f"seeds are {list(self.seeds)}, expected at least one, none below 0"
-        yield from self._wrong_subjects()
-        if self.references is not None and self.image_model is None:
-            yield "references need a model to compare with; give --image-model, e.g. facebook/dinov2-base"
-        if self.described_as is not None and (self.text_model is None or not self.adapters):
-            yield "described_as stands for triggers when a text model reads them; give --text-model and --adapter"
-        if not (self.image_model or self.text_model or self.control_prompts or self.warping):
-            yield "there is nothing to measure; give --image-model, --text-model, --warping or --control-prompt"
+        yield from EvaluateSettings.faults(self)
+        yield from too_low(self, {"frames": 1, "fps": 1})
 
-    def _wrong_subjects(self) -> Iterator[str]:
-        """Yield what is wrong with what is to be measured."""
-        if self.clips and (self.prompts or self.control_prompts or self.adapters):
-            yield "clips are measured as they are; leave out prompts, control prompts and adapters, or the clips"
-        if not self.clips and not self.prompts and not self.control_prompts:
-            yield "there is nothing to measure on; give --prompt, --control-prompt or --clips"
-        if self.control_prompts and not (self.adapters and self.base):
-            yield "control_prompts compare base and engram; give --adapter, and not --no-base"
-        if not self.base and not self.adapters and not self.clips:
-            yield "there is nothing to draw without the base model; give --adapter"
-        both = [prompt for prompt in self.prompts if prompt in self.control_prompts]
-        if both:
-            yield f"{both[0]!r} is a prompt and a control prompt; make it one of them"
+    def measures_more(self) -> bool:
+        """Tell whether the warping error is asked for."""
+        return bool(self.warping)

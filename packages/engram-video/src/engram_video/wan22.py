@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from engram_core import ClipsReport, EvaluateReport, GenerateReport, TrainReport, Watcher
+from engram_core import ClipsReport, DemoReport, EvaluateReport, GenerateReport, TrainReport, Watcher
 from engram_video.families import WAN22 as FAMILY
 from engram_video.settings import (
     Wan22ClipsSettings,
@@ -86,17 +87,21 @@ class Wan22(DiffusersBackbone):
 
         return build_clips(settings, overwrite=overwrite, watcher=watcher)
 
-    def default_evaluate_settings(self, model: str) -> Mapping[str, Any]:
-        """Return what suits `tiny`: small clips in few steps, and the judge that was made for them."""
-        return {**self.tiny_generate, "image_model": TINY, "text_model": TINY} if model == TINY else {}
-
     def evaluate(
         self, settings: Wan22EvaluateSettings, *, overwrite: bool = False, watcher: Watcher | None = None
     ) -> EvaluateReport:
-        """Measure clips, base against engram; see `engram_video.evaluation.run.evaluate`."""
-        from engram_video.evaluation.run import evaluate  # imports torch
+        """Measure clips, base against engram; see `engram_video.evaluation.clips.evaluate`."""
+        from engram_video.evaluation.clips import evaluate  # imports torch
 
         return evaluate(settings, overwrite=overwrite, watcher=watcher)
+
+    def demo(
+        self, output: Path, *, seed: int = 0, overwrite: bool = False, watcher: Watcher | None = None
+    ) -> DemoReport:
+        """Make clips of two characters' pictures, train, merge and draw; see `engram_video.demo.run.run_demo`."""
+        from engram_video.demo.run import run_demo  # imports torch
+
+        return run_demo(self, output, seed=seed, overwrite=overwrite, watcher=watcher)
 
 
 WAN22 = Wan22()

@@ -12,6 +12,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from engram_vision.evaluation.run import evaluate
+    from engram_vision.evaluation.settings import (
+        SD15EvaluateSettings,
+        SD35EvaluateSettings,
+        SDXLEvaluateSettings,
+    )
     from engram_vision.generation import generate
     from engram_vision.loading import (
         LoadedEngram,
@@ -36,15 +42,19 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LoadedEngram",
+    "SD15EvaluateSettings",
     "SD15GenerateSettings",
     "SD15TrainSettings",
+    "SD35EvaluateSettings",
     "SD35GenerateSettings",
     "SD35TrainSettings",
+    "SDXLEvaluateSettings",
     "SDXLGenerateSettings",
     "SDXLTrainSettings",
     "__version__",
     "disable_engrams",
     "enable_engrams",
+    "evaluate",
     "generate",
     "list_engrams",
     "load_engram",
@@ -61,12 +71,16 @@ _HOMES = {
     "load_engram": "engram_vision.loading",
     "set_strength": "engram_vision.loading",
     "unload_engrams": "engram_vision.loading",
+    "SD15EvaluateSettings": "engram_vision.evaluation.settings",
     "SD15GenerateSettings": "engram_vision.settings",
     "SD15TrainSettings": "engram_vision.settings",
+    "SD35EvaluateSettings": "engram_vision.evaluation.settings",
     "SD35GenerateSettings": "engram_vision.settings",
     "SD35TrainSettings": "engram_vision.settings",
+    "SDXLEvaluateSettings": "engram_vision.evaluation.settings",
     "SDXLGenerateSettings": "engram_vision.settings",
     "SDXLTrainSettings": "engram_vision.settings",
+    "evaluate": "engram_vision.evaluation.run",
     "generate": "engram_vision.generation",
     "train": "engram_vision.training.trainer",
 }

@@ -7,8 +7,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from engram_core import DemoReport, GenerateReport, StreamTokenizer, TrainReport, Watcher
+from engram_core import DemoReport, EvaluateReport, GenerateReport, StreamTokenizer, TrainReport, Watcher
 from engram_core.huggingface import TokenizerSource, load_tokenizers
+from engram_vision.evaluation.settings import EvaluateSettings
 from engram_vision.families import Family
 from engram_vision.settings import GenerateSettings, TrainSettings
 from engram_vision.shipped import TINY, model_place
@@ -29,6 +30,7 @@ class DiffusersBackbone:
     title: str
     train_settings: type[TrainSettings]
     generate_settings: type[GenerateSettings]
+    evaluate_settings: type[EvaluateSettings]
     tiny_train: Mapping[str, Any] = MappingProxyType({})
     tiny_generate: Mapping[str, Any] = MappingProxyType({})
 
@@ -54,6 +56,10 @@ class DiffusersBackbone:
         """Return what suits `tiny`: it needs fewer steps and less guidance."""
         return self.tiny_generate if model == TINY else {}
 
+    def default_evaluate_settings(self, model: str) -> Mapping[str, Any]:
+        """Return what suits `tiny`: to draw as `generate` does, and the judge that was made for what it draws."""
+        return {**self.tiny_generate, "image_model": TINY, "text_model": TINY} if model == TINY else {}
+
 
 class ImageBackbone(DiffusersBackbone):
     """A family of image generators."""
@@ -73,6 +79,14 @@ class ImageBackbone(DiffusersBackbone):
         from engram_vision.generation import generate  # imports torch
 
         return generate(settings, overwrite=overwrite, watcher=watcher)
+
+    def evaluate(
+        self, settings: EvaluateSettings, *, overwrite: bool = False, watcher: Watcher | None = None
+    ) -> EvaluateReport:
+        """Measure pictures, base against engram; see `engram_vision.evaluation.run.evaluate`."""
+        from engram_vision.evaluation.run import evaluate  # imports torch
+
+        return evaluate(settings, overwrite=overwrite, watcher=watcher)
 
 
 class ImageBackboneWithDemo(ImageBackbone):

@@ -8,6 +8,7 @@ from typing import Any
 
 from engram_core import Adapter, ConvertSettings
 from engram_vision.backbone import ImageBackboneWithDemo
+from engram_vision.evaluation.settings import SD15EvaluateSettings
 from engram_vision.families import SD15 as FAMILY
 from engram_vision.settings import SD15GenerateSettings, SD15TrainSettings
 
@@ -21,6 +22,7 @@ class StableDiffusion15(ImageBackboneWithDemo):
     title = "Stable Diffusion 1.5"
     train_settings = SD15TrainSettings
     generate_settings = SD15GenerateSettings
+    evaluate_settings = SD15EvaluateSettings
     tiny_train: Mapping[str, Any] = {
         "steps": 300,
         "batch_size": 10,

@@ -8,6 +8,7 @@ from typing import Any
 
 from engram_core import Adapter, ConvertSettings
 from engram_vision.backbone import ImageBackboneWithDemo
+from engram_vision.evaluation.settings import SD35EvaluateSettings
 from engram_vision.families import SD35 as FAMILY
 from engram_vision.settings import SD35GenerateSettings, SD35TrainSettings
 
@@ -21,6 +22,7 @@ class StableDiffusion35(ImageBackboneWithDemo):
     title = "Stable Diffusion 3.5"
     train_settings = SD35TrainSettings
     generate_settings = SD35GenerateSettings
+    evaluate_settings = SD35EvaluateSettings
     tiny_train: Mapping[str, Any] = {
         "steps": 300,
         "batch_size": 10,

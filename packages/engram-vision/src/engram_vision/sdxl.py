@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from engram_vision.backbone import ImageBackbone
+from engram_vision.evaluation.settings import SDXLEvaluateSettings
 from engram_vision.families import SDXL as FAMILY
 from engram_vision.settings import SDXLGenerateSettings, SDXLTrainSettings
 
@@ -16,6 +17,7 @@ class StableDiffusionXL(ImageBackbone):
     title = "Stable Diffusion XL"
     train_settings = SDXLTrainSettings
     generate_settings = SDXLGenerateSettings
+    evaluate_settings = SDXLEvaluateSettings
 
 
 SDXL = StableDiffusionXL()

@@ -9,12 +9,12 @@ import typer
 
 from engram_cli.options import AsJson, Assignments, Backbone, Config, Force, GroupedCommand
 
-_ON, _CLIPS, _ADAPTERS, _HOW, _DRAWING, _MODEL = (
+_ON, _SHOWN, _ADAPTERS, _HOW, _DRAWING, _MODEL = (
     "What to measure on",
-    "What to measure clips with",
+    "What to measure pictures and clips with",
     "Adapters",
     "How texts are read",
-    "How clips are drawn",
+    "How pictures and clips are drawn",
     "The frozen model",
 )
 
@@ -57,13 +57,13 @@ def evaluate(
     ] = None,
     prompts: Annotated[
         list[str] | None,
-        typer.Option("--prompt", "-p", help="Clip to draw, with a trigger in it. Repeatable.", rich_help_panel=_ON),
+        typer.Option("--prompt", "-p", help="What to draw, with a trigger in it. Repeatable.", rich_help_panel=_ON),
     ] = None,
     control_prompts: Annotated[
         list[str] | None,
         typer.Option(
             "--control-prompt",
-            help="Clip to draw without a trigger: adapters must leave it as it is, byte for byte. Repeatable.",
+            help="What to draw without a trigger: adapters must leave it as it is, byte for byte. Repeatable.",
             rich_help_panel=_ON,
         ),
     ] = None,
@@ -71,12 +71,12 @@ def evaluate(
         list[int] | None,
         typer.Option("--seed", help="Each prompt is drawn once with each. Repeatable.", rich_help_panel=_ON),
     ] = None,
-    clips: Annotated[
+    files: Annotated[
         list[Path] | None,
         typer.Option(
-            "--clips",
+            "--files",
             metavar="PATH",
-            help="Clips or pictures to measure as they are, or a folder of them. Repeatable.",
+            help="Pictures or clips to measure as they are, or a folder of them. Repeatable.",
             rich_help_panel=_ON,
         ),
     ] = None,
@@ -86,37 +86,37 @@ def evaluate(
             "--output",
             "-o",
             metavar="PATH",
-            help="JSON file to write as well; of clips a folder, for figures, clips, contact sheet and plot.",
+            help="JSON file to write as well; of pictures and clips a folder, for all that is drawn and measured.",
             rich_help_panel=_ON,
         ),
     ] = None,
     references: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Pictures of the subject.", rich_help_panel=_CLIPS)
+        Path | None, typer.Option(metavar="FOLDER", help="Pictures of the subject.", rich_help_panel=_SHOWN)
     ] = None,
     image_model: Annotated[
         str | None,
         typer.Option(
             help="Model of transformers that compares pictures (CLIP, SigLIP, DINOv2, ViT): hub id, folder, or `tiny`.",
-            rich_help_panel=_CLIPS,
+            rich_help_panel=_SHOWN,
         ),
     ] = None,
     text_model: Annotated[
         str | None,
         typer.Option(
             help="Model of transformers that compares pictures and prompts (CLIP, SigLIP), likewise.",
-            rich_help_panel=_CLIPS,
+            rich_help_panel=_SHOWN,
         ),
     ] = None,
     described_as: Annotated[
         str | None,
-        typer.Option(metavar="WORDS", help="What it reads in place of the triggers.", rich_help_panel=_CLIPS),
+        typer.Option(metavar="WORDS", help="What it reads in place of the triggers.", rich_help_panel=_SHOWN),
     ] = None,
     warping: Annotated[
         bool | None,
         typer.Option(
             help="Measure the warping error by optical flow.",
             show_default="where OpenCV is installed",
-            rich_help_panel=_CLIPS,
+            rich_help_panel=_SHOWN,
         ),
     ] = None,
     adapters: Annotated[
@@ -153,7 +153,7 @@ def evaluate(
         int | None,
         typer.Option(help="Examples before each sample of a task.", show_default="the task's", rich_help_panel=_HOW),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Texts read, or clips drawn, at once.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Texts read, or pictures or clips drawn, at once.")] = None,
     negative: Annotated[str | None, typer.Option(help="Negative prompt for all.", rich_help_panel=_DRAWING)] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", rich_help_panel=_DRAWING)] = None,
     guidance: Annotated[
@@ -191,9 +191,9 @@ def evaluate(
 ) -> None:
     """Measure the base model and the model with adapters on the same texts, tasks or prompts.
 
-    Texts give perplexity and nats a token and a byte; tasks need lm-evaluation-harness. Clips give identity, temporal
-    consistency, prompt adherence and locality; the exit status is 1 when a clip without a trigger changes. Backbone and
-    base model are the first adapter's, unless others are named.
+    Texts give perplexity and nats a token and a byte; tasks need lm-evaluation-harness. Pictures and clips give
+    identity, temporal consistency, prompt adherence and locality; the exit status is 1 when one without a trigger
+    changes. Backbone and base model are the first adapter's, unless others are named.
     """
     if tasks is not None:
         tasks = [name.strip() for text in tasks for name in text.split(",") if name.strip()]

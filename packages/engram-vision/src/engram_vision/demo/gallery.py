@@ -13,7 +13,8 @@ from engram_vision.conditions import encode_prompts
 from engram_vision.demo.characters import DemoCharacter, describe_subject
 from engram_vision.demo.judge import Judge
 from engram_vision.demo.measures import Measures, Tally
-from engram_vision.demo.page import Picture, Row, Section, Token
+from engram_vision.demo.page import Picture, Row, Section
+from engram_vision.demo.tokens import read_tokens
 from engram_vision.drawing import Drawing, draw
 from engram_vision.loading import load_engram, pipeline_tokenizers, unload_engrams
 
@@ -235,23 +236,8 @@ class Gallery:
 
     def _row(self, drawing: Drawing, pictures: Sequence[Picture], note: str | None = None) -> Row:
         prompt = drawing.prompt or "(no words)"
-        tokens = self._tokens(drawing.prompt)
+        tokens = read_tokens(self._audit, drawing.prompt)
         return Row(prompt=prompt, tokens=tokens, seed=drawing.seed, pictures=tuple(pictures), note=note)
-
-    def _tokens(self, prompt: str) -> dict[str, tuple[Token, ...]]:
-        """Return a prompt's tokens with the concept that fires at each, for streams that read it alike once."""
-        readers: dict[tuple[Token, ...], list[str]] = {}
-        for stream, reading in self._audit.examine(prompt).streams.items():
-            owner = {at: name for name, spans in reading.fired for start, stop in spans for at in range(start, stop)}
-            texts = self._audit.show(stream, reading.ids)
-            tokens = (Token(text=_plain(text), concept=owner.get(at)) for at, text in enumerate(texts))
-            readers.setdefault(tuple(tokens), []).append(stream)
-        return {", ".join(streams): tokens for tokens, streams in readers.items()}
-
-
-def _plain(token: str) -> str:
-    """Return a token without the marks that CLIP and T5 put at the ends and beginnings of words."""
-    return token.removesuffix("</w>").removeprefix("\N{LOWER ONE EIGHTH BLOCK}") or "\N{OPEN BOX}"
 
 
 def _same(one: Image.Image, other: Image.Image) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from engram_core import Adapter, TrainReport
 from engram_vision.demo.page import Figure
 
-__all__ = ["Measures", "Tally", "list_failures", "list_figures"]
+__all__ = ["Measures", "Tally", "list_broken", "list_failures", "list_figures"]
 
 _IDENTITY_BAR, _BASE_BAR, _SCENE_BAR = 0.8, 0.1, 0.1
 
@@ -62,11 +62,21 @@ class Measures:
 
 def list_failures(measures: Measures) -> tuple[str, ...]:
     """Return the exact promises that did not hold; the shares are figures, not promises."""
-    promises = {
-        "pictures without a trigger differ from the base model's": measures.control_equal,
-        "text states without a trigger differ from the base model's": measures.states_equal,
-        "pictures of the merged file differ from those of the single one": measures.merged_equal,
-    }
+    return list_broken(
+        {
+            "pictures without a trigger differ from the base model's": measures.control_equal,
+            "text states without a trigger differ from the base model's": measures.states_equal,
+            "pictures of the merged file differ from those of the single one": measures.merged_equal,
+        }
+    )
+
+
+def list_broken(promises: Mapping[str, Tally]) -> tuple[str, ...]:
+    """Return a sentence for each promise that did not hold every time.
+
+    Args:
+        promises: what it means that one does not hold, and how often it was right.
+    """
     return tuple(
         f"{tally.count - tally.right} of {tally.count} {text}"
         for text, tally in promises.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import hashlib
 import io
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ __all__ = [
     "Character",
     "Curve",
     "Figure",
+    "Movie",
     "Page",
     "Picture",
     "Reference",
@@ -35,6 +37,17 @@ _PIXEL_ART = 128
 _SHORT_IDENTITY = 12
 # Figures' values longer than this are set smaller.
 _LONG_VALUE = 12
+# Browsers begin clips when they come into view, each by itself; side by side they are compared best in step.
+_IN_STEP = """
+setInterval(() => {
+  for (const row of document.querySelectorAll("tr")) {
+    const [first, ...others] = row.querySelectorAll("video");
+    for (const clip of others) {
+      if (Math.abs(clip.currentTime - first.currentTime) > 0.06) clip.currentTime = first.currentTime;
+    }
+  }
+}, 1000);
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +69,24 @@ class Figure:
     explanation: str = ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Movie:
+    """A clip, which plays in the page.
+
+    Attributes:
+        mp4: the file, H.264.
+        width: of the clip, in pixels.
+        height: likewise.
+        stills: some of its frames in one picture of the clip's shape: for paper, for readers who want nothing to
+            move, and for browsers that do not play the clip.
+    """
+
+    mp4: bytes
+    width: int
+    height: int
+    stills: Image.Image
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reference:
     """A picture that a character was learned from.
@@ -63,10 +94,12 @@ class Reference:
     Attributes:
         image: the picture.
         caption: the caption it was learned with.
+        clip: what was made of it to be learned from; None where that is the picture itself.
     """
 
     image: Image.Image
     caption: str
+    clip: Movie | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,16 +142,16 @@ class Token:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Picture:
-    """A picture that was drawn.
+    """A picture or clip that was drawn.
 
     Attributes:
-        image: the picture.
+        image: the picture or clip.
         verdict: what a judge saw in it; None when none was asked.
         good: whether that is as it should be; None when nothing is asked.
         identical: for controls: whether it has the same bytes as the base model's; None otherwise.
     """
 
-    image: Image.Image
+    image: Image.Image | Movie
     verdict: str | None = None
     good: bool | None = None
     identical: bool | None = None
@@ -185,6 +218,7 @@ class Page:
         passed: whether every check held; figures that miss their bar are said beside it all the same.
         failures: what did not hold, a sentence each.
         figures: the numbers it is judged by.
+        learning: how the characters were learned, in a sentence or two.
         characters: what was learned.
         sections: the pictures that were drawn.
         facts: where and how it ran, by name.
@@ -196,16 +230,28 @@ class Page:
     passed: bool
     failures: tuple[str, ...] = ()
     figures: tuple[Figure, ...] = ()
+    learning: str = (
+        "Each character was learned from the pictures below and is kept in a small file of its own. The model itself "
+        "did not change."
+    )
     characters: tuple[Character, ...] = ()
     sections: tuple[Section, ...] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
     commands: tuple[str, ...] = ()
 
+    @property
+    def moves(self) -> bool:
+        """Whether there are clips on it."""
+        drawn = (picture.image for section in self.sections for row in section.rows for picture in row.pictures)
+        made = (reference.clip for character in self.characters for reference in character.references)
+        return any(isinstance(one, Movie) for one in (*drawn, *made))
+
 
 def render_page(page: Page) -> str:
-    """Return the page as one HTML document that loads nothing from anywhere and runs no script.
+    """Return the page as one HTML document that loads nothing from anywhere.
 
-    Pictures are PNG inside it, each concept has one colour throughout, and all text is escaped.
+    It runs no script, but for one that keeps clips of a row in step where there are clips; they play without it.
+    Pictures are PNG and clips MP4 inside it, each concept has one colour throughout, and all text is escaped.
 
     Args:
         page: what to show.
@@ -216,6 +262,8 @@ def render_page(page: Page) -> str:
         colors=_COLORS,
         pixel_art=_PIXEL_ART,
         long_value=_LONG_VALUE,
+        in_step=_IN_STEP,
+        in_step_digest=base64.b64encode(hashlib.sha256(_IN_STEP.encode()).digest()).decode("ascii"),
     )
 
 
@@ -224,12 +272,14 @@ def _load_template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "address": _write_address,
+        "movie_address": lambda movie: _write_data("video/mp4", movie.mp4),
         "duration": _write_duration,
         "group": _group_tokens,
         "paragraphs": _split_paragraphs,
         "plot": plot_curve,
         "short": lambda identity: identity[:_SHORT_IDENTITY],
     }
+    environment.tests["movie"] = lambda value: isinstance(value, Movie)
     source = resources.files("engram_vision.demo").joinpath("page.html.j2").read_text(encoding="utf-8")
     return environment.from_string(source)
 
@@ -259,7 +309,11 @@ def _write_address(image: Image.Image) -> str:
     buffer = io.BytesIO()
     shown = image if image.mode in ("L", "RGB", "RGBA") else image.convert("RGBA")
     shown.save(buffer, format="PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+    return _write_data("image/png", buffer.getvalue())
+
+
+def _write_data(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def _write_duration(seconds: float) -> str:

@@ -2,44 +2,28 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
-from engram_core import (
-    AdapterWriteError,
-    DemoReport,
-    TargetExistsError,
-    TrainReport,
-    Watcher,
-    merge_files,
-    open_adapter,
-)
-from engram_core.container import open_target, write_all
+from engram_core import DemoReport, TrainReport, Watcher, merge_files, open_adapter
 from engram_core.settings import Layer, resolve_settings
-from engram_core.training.metrics import read_metrics
 from engram_vision.backbone import ImageBackbone
 from engram_vision.dataset import read_dataset
 from engram_vision.demo.characters import DemoCharacter, read_characters
-from engram_vision.demo.curve import Curve
 from engram_vision.demo.gallery import Gallery
 from engram_vision.demo.judge import Judge
 from engram_vision.demo.measures import list_failures, list_figures
-from engram_vision.demo.page import Character, Page, Reference, render_page
+from engram_vision.demo.outcome import MERGED, PAGE, describe_character, list_facts, prepare_folder, write_page
+from engram_vision.demo.page import Character, Page, Reference
 from engram_vision.images import load_picture
 from engram_vision.models import load_pipeline
 from engram_vision.shipped import TINY, judge_folder
-from engram_vision.training.trainer import METRICS, train
+from engram_vision.training.trainer import train
 
-__all__ = ["run_demo"]
+__all__ = ["MERGED", "PAGE", "run_demo"]
 
-PAGE = "index.html"
-MERGED = "merged.safetensors"
+_PACKAGES = ("engram-vision", "engram-core", "torch", "diffusers", "transformers")
 
 
 def run_demo(
@@ -65,7 +49,7 @@ def run_demo(
     started = time.monotonic()
     watcher = watcher or Watcher()
     characters, phrases = read_characters()
-    _prepare_folder(output, [PAGE, MERGED, *(f"{character.slug}.safetensors" for character in characters)], overwrite)
+    prepare_folder(output, [PAGE, MERGED, *(f"{character.slug}.safetensors" for character in characters)], overwrite)
     judge = Judge.load(judge_folder())
     reports = {character.name: _train(backbone, character, output, seed, watcher) for character in characters}
     files = {character.name: reports[character.name].output for character in characters}
@@ -90,30 +74,16 @@ def run_demo(
         figures=figures,
         characters=tuple(_character(character, reports[character.name]) for character in characters),
         sections=sections,
-        facts=_facts(backbone, seed, seconds),
+        facts=list_facts(
+            f"tiny of {backbone.name} ({backbone.title}), which ships with engram-vision; frozen throughout",
+            seed,
+            seconds,
+            _PACKAGES,
+        ),
         commands=_commands(backbone, characters),
     )
-    with open_target(output / PAGE, overwrite=True) as file:
-        write_all(file, memoryview(render_page(page).encode()))
     watcher.end()
-    return DemoReport(
-        page=output / PAGE,
-        figures={figure.label: figure.value + (f" (bar: {figure.bar})" if figure.bar else "") for figure in figures},
-        passed=not failures,
-        failures=failures,
-        seconds=seconds,
-    )
-
-
-def _prepare_folder(folder: Path, names: Sequence[str], overwrite: bool) -> None:
-    """Make the folder, and refuse to replace what is in it unless told to."""
-    there = [name for name in names if (folder / name).exists()]
-    if there and not overwrite:
-        raise TargetExistsError(f"{folder / there[0]}: exists; pass --force to replace it, or another --output")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise AdapterWriteError(f"{folder}: cannot be made: {error.strerror}") from None
+    return write_page(page, output / PAGE, seconds)
 
 
 def _train(backbone: ImageBackbone, character: DemoCharacter, output: Path, seed: int, watcher: Watcher) -> TrainReport:
@@ -131,33 +101,8 @@ def _train(backbone: ImageBackbone, character: DemoCharacter, output: Path, seed
 
 def _character(character: DemoCharacter, report: TrainReport) -> Character:
     data = read_dataset(character.folder, character.name)
-    lines = read_metrics(report.run_dir / METRICS)
-    return Character(
-        name=character.name,
-        references=tuple(Reference(image=load_picture(item.path), caption=item.caption) for item in data),
-        curve=Curve(
-            steps=tuple(line["step"] for line in lines),
-            losses=tuple(line["loss"] for line in lines),
-            validation=tuple((line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line),
-            kept_step=report.kept_step,
-        ),
-        seconds=report.seconds,
-        n_bytes=report.n_bytes,
-        identity=report.identity,
-        entries=sum(report.entries.values()),
-    )
-
-
-def _facts(backbone: ImageBackbone, seed: int, seconds: float) -> dict[str, str]:
-    packages = ("engram-vision", "engram-core", "torch", "diffusers", "transformers")
-    return {
-        "Model": f"tiny of {backbone.name} ({backbone.title}), which ships with engram-vision; frozen throughout",
-        "Seed": str(seed),
-        "Time": f"{seconds:.0f} s",
-        "Machine": f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, {platform.machine()}",
-        "Python": platform.python_version(),
-        **{name: version(name) for name in packages},
-    }
+    references = [Reference(image=load_picture(item.path), caption=item.caption) for item in data]
+    return describe_character(character.name, references, report)
 
 
 def _commands(backbone: ImageBackbone, characters: Sequence[DemoCharacter]) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,10 +13,10 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from engram_core import InputError, Watcher
-from engram_video.evaluation.measures import Figure, measure_consistency, measure_identity
-from engram_video.settings import Wan22EvaluateSettings
+from engram_core import Watcher
 from engram_vision.demo.judge import Judge
+from engram_vision.evaluation.measures import Figure, measure_consistency, measure_identity
+from engram_vision.evaluation.settings import EvaluateSettings
 from engram_vision.features import (
     FeatureModel,
     Features,
@@ -28,14 +28,14 @@ from engram_vision.features import (
 )
 from engram_vision.shipped import TINY
 
-__all__ = ["Judges", "judge_folder", "load_judges"]
+__all__ = ["Judges", "load_judges"]
 
 Pixels = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Judges:
-    """What measures clips.
+    """What measures pictures and clips.
 
     Attributes:
         image: the model for pictures; None where none was named.
@@ -56,7 +56,7 @@ class Judges:
                 model.to(device)
 
     def measure(self, frames: Pixels, prompt: str | None) -> tuple[list[Figure], Features | None]:
-        """Return the figures of a clip, and how alike each frame is to the reference pictures, [F].
+        """Return the figures of a picture or clip, and how alike each frame is to the reference pictures, [F].
 
         Args:
             frames: uint8 [F, H, W, 3].
@@ -115,20 +115,13 @@ class _Look:
         return self._features[id(model)]
 
 
-def judge_folder() -> Path:
-    """Return the classifiers that ship for the frames of `tiny`'s clips.
-
-    Raises:
-        InputError: they are missing.
-    """
-    folder = Path(__file__).parents[1] / "tiny" / "judge"
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder}: config.json is missing; install its package again, or run its recipe")
-    return folder
-
-
-def load_judges(settings: Wan22EvaluateSettings, watcher: Watcher) -> Judges:
+def load_judges(settings: EvaluateSettings, judge_folder: Callable[[], Path], watcher: Watcher) -> Judges:
     """Load what the settings name, on the CPU, and look at the reference pictures.
+
+    Args:
+        settings: which models and pictures.
+        judge_folder: returns where the judge is that `tiny` names.
+        watcher: hears what is not measured.
 
     Raises:
         InputError: a model or a picture cannot be used.

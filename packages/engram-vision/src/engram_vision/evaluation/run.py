@@ -1,4 +1,4 @@
-"""`engram eval` for clips: draw base and engram under the same noise, or take clips on disk, and measure."""
+"""`engram eval` for what diffusers draws: base and engram under the same noise, or files on disk, and their figures."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import json
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +30,17 @@ from engram_core import (
 from engram_core.container import open_target, write_all
 from engram_core.hub import find_adapter
 from engram_core.settings import split_strength
-from engram_video.evaluation.judges import Judges, load_judges
-from engram_video.evaluation.measures import Figure, compare_bytes, list_spread, sum_up, warping_figures
-from engram_video.evaluation.plot import draw_plot
-from engram_video.evaluation.shown import Shown, name_variant, open_files
-from engram_video.evaluation.warping import check_flow, has_flow, measure_warping
-from engram_video.generation import ClipCanvas
-from engram_video.settings import Wan22EvaluateSettings, Wan22GenerateSettings
 from engram_vision import generation
 from engram_vision.dataset import caption_with, contains_trigger
+from engram_vision.drawing import Drawing
+from engram_vision.evaluation.judges import Judges, load_judges
+from engram_vision.evaluation.kind import PICTURES, Kind
+from engram_vision.evaluation.measures import Figure, compare_bytes, list_spread, sum_up
+from engram_vision.evaluation.plot import draw_plot
+from engram_vision.evaluation.settings import EvaluateSettings
+from engram_vision.evaluation.shown import Shown, name_variant
 from engram_vision.features import Features
-from engram_vision.generation import make_folder, save_png
+from engram_vision.generation import Canvas, make_folder, save_png
 from engram_vision.models import pick_device
 
 __all__ = ["FIGURES", "PLOT", "evaluate"]
@@ -48,36 +48,41 @@ __all__ = ["FIGURES", "PLOT", "evaluate"]
 FIGURES = "figures.json"
 PLOT = "identity.png"
 
-_DRAWN_WITH = ("model", "width", "height", "frames", "fps", "steps", "guidance", "negative", "precision")
+_DRAWN_WITH = ("model", "width", "height", "frames", "fps", "steps", "guidance", "negative", "precision", "without_t5")
 
 Pixels = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Measured:
-    """Clips with their figures.
+    """Pictures or clips with their figures.
 
     Attributes:
-        clips: what was measured, in order.
+        shown: what was measured, in order.
         figures: of each.
         curves: identity of each frame by variant.
     """
 
-    clips: list[dict[str, Any]] = field(default_factory=list)
+    shown: list[dict[str, Any]] = field(default_factory=list)
     figures: dict[str, list[list[Figure]]] = field(default_factory=lambda: defaultdict(list))
     curves: dict[str, list[Features]] = field(default_factory=lambda: defaultdict(list))
 
 
-class _RecordingCanvas(ClipCanvas):
-    """Draws clips and keeps them as they are before they are encoded."""
+class _RecordingCanvas:
+    """Draws as another canvas does, and keeps what is drawn as it is before it is encoded."""
 
-    def __init__(self, settings: Wan22GenerateSettings, *, writes: bool) -> None:
-        super().__init__(settings)
-        self._writes = writes
+    def __init__(self, canvas: Canvas, kind: Kind, *, writes: bool) -> None:
+        self._canvas, self._kind, self._writes = canvas, kind, writes
+        self.suffix, self.overview, self.compare = canvas.suffix, canvas.overview, canvas.compare
         self.shown: list[Shown] = []
         self.engrams: list[dict[str, Any]] = []
 
-    def save(self, thing: Pixels, path: Path, facts: Mapping[str, str], *, overwrite: bool) -> None:
+    def draw(
+        self, pipeline: Any, drawings: Sequence[Drawing], settings: Any, advance: Callable[[int], None]
+    ) -> Sequence[Any]:
+        return self._canvas.draw(pipeline, drawings, settings, advance)
+
+    def save(self, thing: Any, path: Path, facts: Mapping[str, str], *, overwrite: bool) -> None:
         variant = name_variant(facts["engrams"])
         self.engrams = json.loads(facts["engrams"]) or self.engrams
         self.shown.append(
@@ -86,17 +91,21 @@ class _RecordingCanvas(ClipCanvas):
                 prompt=facts["prompt"],
                 seed=int(facts["seed"]),
                 file=path if self._writes else None,
-                read=lambda: thing,
+                read=lambda: self._kind.to_frames(thing),
             )
         )
         if self._writes:
-            super().save(thing, path, facts, overwrite=overwrite)
+            self._canvas.save(thing, path, facts, overwrite=overwrite)
 
 
 def evaluate(
-    settings: Wan22EvaluateSettings, *, overwrite: bool = False, watcher: Watcher | None = None
+    settings: EvaluateSettings,
+    *,
+    overwrite: bool = False,
+    watcher: Watcher | None = None,
+    kind: Kind = PICTURES,
 ) -> EvaluateReport:
-    """Measure clips of the base model and of the model with adapters, or clips and pictures on disk.
+    """Measure what the base model draws and what the model with adapters draws, or files on disk.
 
     Everything is measured on the frames as they were drawn, before they are encoded.
 
@@ -104,6 +113,7 @@ def evaluate(
         settings: what to measure, on what and with what.
         overwrite: replace files of the same names in the output folder.
         watcher: hears how it goes.
+        kind: what the family draws.
 
     Raises:
         InputError: prompts, pictures, sizes or a model cannot be used, or a library is not installed.
@@ -116,36 +126,36 @@ def evaluate(
     started = time.monotonic()
     watcher = watcher or Watcher()
     _check_targets(settings, overwrite)
-    warps = _check_warping(settings, watcher)
+    kind.check(settings, watcher)
     device = pick_device(settings.device, settings.precision)
     adapters = [_open(text) for text in settings.adapters]
     triggers = [record.trigger for _, _, adapter in adapters for record in adapter.records()]
     _check_prompts(settings, triggers)
     watcher.begin("loading what measures")
-    judges = load_judges(settings, watcher)
+    judges = load_judges(settings, kind.judge_folder, watcher)
     canvas = None
-    if settings.clips:
-        watcher.begin("reading clips")
-        shown = open_files(settings.clips)
-    prompts = [one.prompt for one in shown if one.prompt] if settings.clips else settings.prompts
+    if settings.files:
+        watcher.begin(f"reading {kind.name}")
+        shown = kind.open(settings.files)
+    prompts = [one.prompt for one in shown if one.prompt] if settings.files else settings.prompts
     read_as = {prompt: _describe(prompt, triggers, settings.described_as) for prompt in prompts}
     for sentence in judges.list_notes(list(read_as.values())):
         watcher.note(sentence)
-    if not settings.clips:
-        canvas = _draw(settings, overwrite, watcher)
+    if not settings.files:
+        canvas = _draw(settings, kind, overwrite, watcher)
         shown = canvas.shown
     controls = [one for one in shown if one.prompt in settings.control_prompts]
     others = [one for one in shown if one.prompt not in settings.control_prompts]
     judges.to(device)
-    measured = _measure(others, read_as, judges, warps=warps, watcher=watcher)
+    measured = _measure(others, read_as, judges, lambda frames: kind.measure(frames, settings), watcher)
     measures = sum_up(measured.figures)
     failures: list[str] = []
     if controls:
-        found, failures = _measure_locality(controls)
+        found, failures = _measure_locality(controls, kind.name)
         measures.append(found)
-    if settings.clips and not measures:
+    if settings.files and not measures:
         raise InputError(
-            f"{settings.clips[0]}: nothing can be measured: there is no prompt in a file or in metadata.jsonl to "
+            f"{settings.files[0]}: nothing can be measured: there is no prompt in a file or in metadata.jsonl to "
             "compare with, and single pictures have no neighbours; give --image-model and --references"
         )
     report = EvaluateReport(
@@ -166,23 +176,13 @@ def _open(text: str) -> tuple[str, float, Adapter]:
     return file, factor, open_adapter(find_adapter(file))
 
 
-def _check_targets(settings: Wan22EvaluateSettings, overwrite: bool) -> None:
+def _check_targets(settings: EvaluateSettings, overwrite: bool) -> None:
     for path in [] if settings.output is None or overwrite else [settings.output / FIGURES, settings.output / PLOT]:
         if path.exists():
             raise TargetExistsError(f"{path}: exists; pass --force to replace, or another --output")
 
 
-def _check_warping(settings: Wan22EvaluateSettings, watcher: Watcher) -> bool:
-    """Return whether to measure the warping error."""
-    if settings.warping:
-        check_flow()
-    if settings.warping is None and not has_flow():
-        watcher.note("the warping error is left out: OpenCV is not installed (opencv-python-headless)")
-        return False
-    return settings.warping is not False
-
-
-def _check_prompts(settings: Wan22EvaluateSettings, triggers: Sequence[str]) -> None:
+def _check_prompts(settings: EvaluateSettings, triggers: Sequence[str]) -> None:
     """Refuse prompts that stand in the wrong list."""
     if not triggers:
         return
@@ -190,46 +190,33 @@ def _check_prompts(settings: Wan22EvaluateSettings, triggers: Sequence[str]) -> 
     for prompt in settings.prompts:
         if not any(contains_trigger(prompt, trigger) for trigger in triggers):
             raise InputError(
-                f"prompt {prompt!r} holds no trigger, so base and engram give the same clip; put {known} into it, or "
+                f"prompt {prompt!r} holds no trigger, so base and engram draw the same; put {known} into it, or "
                 "make it a control prompt (--control-prompt)"
             )
     for prompt in settings.control_prompts:
         for trigger in triggers:
             if contains_trigger(prompt, trigger):
                 raise InputError(
-                    f"control prompt {prompt!r} holds the trigger {trigger!r}, which changes the clip as it should; "
-                    "take it out, or make it a prompt (--prompt)"
+                    f"control prompt {prompt!r} holds the trigger {trigger!r}, which changes what is drawn, as it "
+                    "should; take it out, or make it a prompt (--prompt)"
                 )
 
 
-def _draw(settings: Wan22EvaluateSettings, overwrite: bool, watcher: Watcher) -> _RecordingCanvas:
+def _draw(settings: EvaluateSettings, kind: Kind, overwrite: bool, watcher: Watcher) -> _RecordingCanvas:
     """Draw all prompts with all seeds, base and engram in the same batches."""
     with ExitStack() as stack:
         writes = settings.output is not None
-        folder = settings.output or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        chosen = Wan22GenerateSettings(
-            output=folder,
-            adapters=settings.adapters,
-            strengths=settings.strengths,
-            prompts=(*settings.prompts, *settings.control_prompts),
-            negative=settings.negative,
-            seeds=settings.seeds,
-            model=settings.model,
-            compare=settings.base and bool(settings.adapters),
-            grid=writes,
-            steps=settings.steps,
-            guidance=settings.guidance,
-            width=settings.width,
-            height=settings.height,
-            frames=settings.frames,
-            fps=settings.fps,
-            batch_size=settings.batch_size,
-            precision=settings.precision,
-            device=settings.device,
-            low_memory=settings.low_memory,
-            force_base=settings.force_base,
-        )
-        canvas = _RecordingCanvas(chosen, writes=writes)
+        values = {
+            each.name: getattr(settings, each.name) for each in fields(settings.drawing) if hasattr(settings, each.name)
+        }
+        values |= {
+            "output": settings.output or Path(stack.enter_context(tempfile.TemporaryDirectory())),
+            "prompts": (*settings.prompts, *settings.control_prompts),
+            "compare": settings.base and bool(settings.adapters),
+            "grid": writes,
+        }
+        chosen = settings.drawing(**values)
+        canvas = _RecordingCanvas(kind.canvas(chosen), kind, writes=writes)
         generation.generate(chosen, overwrite=overwrite, watcher=watcher, canvas=canvas)
     gc.collect()  # of the pipeline, whose room on the device is needed now
     if torch.cuda.is_available():
@@ -247,20 +234,22 @@ def _describe(prompt: str, triggers: Sequence[str], words: str | None) -> str:
 
 
 def _measure(
-    shown: Sequence[Shown], read_as: Mapping[str, str], judges: Judges, *, warps: bool, watcher: Watcher
+    shown: Sequence[Shown],
+    read_as: Mapping[str, str],
+    judges: Judges,
+    measure_more: Callable[[Pixels], list[Figure]],
+    watcher: Watcher,
 ) -> _Measured:
     measured = _Measured()
     watcher.begin("measuring", len(shown))
     for done, one in enumerate(shown, 1):
         frames = one.read()
         figures, identity = judges.measure(frames, read_as.get(one.prompt or ""))
-        warping = measure_warping(frames) if warps else None
-        if warping is not None:
-            figures += warping_figures(warping)
+        figures += measure_more(frames)
         measured.figures[one.variant].append(figures)
         if identity is not None:
             measured.curves[one.variant].append(identity)
-        measured.clips.append(
+        measured.shown.append(
             {
                 "variant": one.variant,
                 "prompt": one.prompt,
@@ -275,8 +264,8 @@ def _measure(
     return measured
 
 
-def _measure_locality(controls: Sequence[Shown]) -> tuple[Measure, list[str]]:
-    """Return how many clips of control prompts are the base model's, and a sentence where some are not."""
+def _measure_locality(controls: Sequence[Shown], noun: str) -> tuple[Measure, list[str]]:
+    """Return how much of what control prompts give is the base model's, and a sentence where some is not."""
     base = [one for one in controls if one.variant == "base"]
     engram = [one for one in controls if one.variant == "engram"]
     pairs = [
@@ -287,12 +276,12 @@ def _measure_locality(controls: Sequence[Shown]) -> tuple[Measure, list[str]]:
     if differing:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         failures.append(
-            f"{len(differing)} of {len(pairs)} clips of prompts without a trigger differ from the base model's: "
+            f"{len(differing)} of {len(pairs)} {noun} of prompts without a trigger differ from the base model's: "
             f"{', '.join(differing[:3])}{more}"
         )
     measure = Measure(
         subject="control prompts",
-        metric=f"identical clips of {len(pairs)}",
+        metric=f"identical {noun} of {len(pairs)}",
         values={"engram": float(same)},
         higher_is_better=True,
     )
@@ -307,7 +296,7 @@ def _use(file: str, factor: float, adapter: Adapter, engrams: Sequence[Mapping[s
 
 
 def _detail(
-    settings: Wan22EvaluateSettings, measured: _Measured, failures: Sequence[str], canvas: _RecordingCanvas | None
+    settings: EvaluateSettings, measured: _Measured, failures: Sequence[str], canvas: _RecordingCanvas | None
 ) -> dict[str, Any]:
     details: dict[str, Any] = {
         "image_model": settings.image_model,
@@ -315,11 +304,11 @@ def _detail(
         "references": None if settings.references is None else str(settings.references),
         "described_as": settings.described_as,
         "spread": list_spread(measured.figures),
-        "clips": measured.clips,
+        "shown": measured.shown,
         "failures": list(failures),
     }
     if canvas is not None:
-        details |= {name: getattr(settings, name) for name in _DRAWN_WITH}
+        details |= {name: getattr(settings, name) for name in _DRAWN_WITH if hasattr(settings, name)}
         details |= {
             "seeds": list(settings.seeds),
             "prompts": list(settings.prompts),
@@ -334,6 +323,6 @@ def _write(folder: Path, report: EvaluateReport, measured: _Measured, *, overwri
     text = json.dumps(report.to_json(), indent=2, ensure_ascii=False) + "\n"
     with open_target(folder / FIGURES, overwrite=overwrite) as file:
         write_all(file, memoryview(text.encode("utf-8", "surrogatepass")))
-    if measured.curves:
+    if any(len(curve) > 1 for curves in measured.curves.values() for curve in curves):
         plot = draw_plot("similarity to the reference pictures", measured.curves)
         save_png(plot, folder / PLOT, {}, overwrite=overwrite)

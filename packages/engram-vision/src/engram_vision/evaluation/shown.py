@@ -1,12 +1,12 @@
-"""The clips and pictures that are measured: those on disk, with what they say of themselves.
+"""The pictures and clips that are measured: those on disk, with what they say of themselves.
 
-Shapes: F frames, uint8 [F, H, W, 3]; a picture is a clip of one frame.
+Shapes: F frames, uint8 [F, H, W, 3]; a picture has one.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,14 +15,19 @@ import numpy.typing as npt
 from PIL import Image
 
 from engram_core import InputError
-from engram_video.clips import SUFFIXES as CLIP_SUFFIXES
-from engram_video.clips import probe_clip, read_clip, read_facts
-from engram_vision.images import SUFFIXES as PICTURE_SUFFIXES
-from engram_vision.images import load_picture, show_path
+from engram_vision.images import SUFFIXES, load_picture, show_path
 
-__all__ = ["UNKNOWN", "Shown", "name_variant", "open_files"]
+__all__ = [
+    "UNKNOWN",
+    "Shown",
+    "describe_file",
+    "find_pictures",
+    "name_variant",
+    "open_files",
+    "open_picture",
+]
 
-UNKNOWN = "clips"
+UNKNOWN = "files"
 """The variant of what does not say how it was made."""
 
 _OVERVIEWS = ("grid.png", "sheet.png", "identity.png")  # of other commands; no pictures of the model
@@ -33,7 +38,7 @@ Pixels = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Shown:
-    """A clip or picture.
+    """A picture or clip.
 
     Attributes:
         variant: `base`, `engram` or `UNKNOWN`.
@@ -50,6 +55,10 @@ class Shown:
     read: Callable[[], Pixels]
 
 
+Find = Callable[[Path, Sequence[Path]], Sequence[Path]]
+Open = Callable[[Path, "str | None"], Shown]
+
+
 def name_variant(engrams: str | None) -> str:
     """Return the variant that a file's fact `engrams` tells of."""
     if engrams is None:
@@ -57,63 +66,64 @@ def name_variant(engrams: str | None) -> str:
     return "base" if engrams.strip() == "[]" else "engram"
 
 
-def open_files(places: Sequence[Path]) -> list[Shown]:
-    """Return clips and pictures on disk; each is decoded once, so that a broken one is noticed now.
+def open_files(places: Sequence[Path], find: Find, open_file: Open) -> list[Shown]:
+    """Return what is on disk; each file is decoded once, so that a broken one is noticed now.
 
     The prompt is the one in the file, as `engram generate` writes it, else the `text` of its line in `metadata.jsonl`.
 
     Args:
-        places: files, or folders: of these the clips, or where there are none the pictures, in the order of their
-            names; hidden files, subfolders and overview pictures are passed over.
+        places: files, or folders, whose hidden files, subfolders and overview pictures are passed over.
+        find: chooses among a folder's files, in the order of their names; raises InputError where none will do.
+        open_file: returns a file with its caption.
 
     Raises:
         InputError: a place does not exist or holds nothing to measure, or a file cannot be read.
     """
-    files = list(dict.fromkeys(file for place in places for file in _list_files(place)))
+    files = list(dict.fromkeys(file for place in places for file in _list_files(place, find)))
     captions = {folder: _read_captions(folder) for folder in {file.parent for file in files}}
-    return [_open_file(file, captions[file.parent].get(file.name)) for file in files]
+    return [open_file(file, captions[file.parent].get(file.name)) for file in files]
 
 
-def _list_files(place: Path) -> list[Path]:
-    if place.is_file():
-        return [place]
-    if not place.is_dir():
-        raise InputError(f"{show_path(place)}: does not exist; give clips, pictures, or a folder of them")
-    files = sorted(file for file in place.iterdir() if file.is_file() and not file.name.startswith("."))
-    clips = [file for file in files if file.suffix.lower() in CLIP_SUFFIXES and file.suffix.lower() != ".gif"]
-    pictures = [file for file in files if file.suffix.lower() in PICTURE_SUFFIXES and file.name not in _OVERVIEWS]
-    if not clips and not pictures:
-        raise InputError(
-            f"{show_path(place)}: holds neither clips ({', '.join(CLIP_SUFFIXES)}) nor pictures "
-            f"({', '.join(PICTURE_SUFFIXES)}); give a folder that does"
-        )
-    return clips or pictures
+def find_pictures(place: Path, files: Sequence[Path]) -> list[Path]:
+    """Return the pictures among a folder's files; see `open_files`."""
+    found = [file for file in files if file.suffix.lower() in SUFFIXES]
+    if not found:
+        raise InputError(f"{show_path(place)}: holds no pictures ({', '.join(SUFFIXES)}); give a folder that does")
+    return found
 
 
-def _open_file(file: Path, caption: str | None) -> Shown:
-    suffix = file.suffix.lower()
-    is_picture = suffix in PICTURE_SUFFIXES and (suffix != ".gif" or _is_still(file))
-    if is_picture:
-        load_picture(file)
-    else:
-        probe_clip(file)
-    facts = _read_chunks(file) if is_picture else read_facts(file)
+def open_picture(file: Path, caption: str | None) -> Shown:
+    """Return a picture with what its file says of it, else with its caption."""
+    load_picture(file)
+    return describe_file(file, _read_chunks(file), caption, lambda: np.asarray(load_picture(file))[None])
+
+
+def describe_file(file: Path, facts: Mapping[str, str], caption: str | None, read: Callable[[], Pixels]) -> Shown:
+    """Return a file with what `engram generate` wrote into it.
+
+    Args:
+        file: the file.
+        facts: what it says of itself.
+        caption: what stands in for a prompt that it does not tell.
+        read: returns the frames.
+    """
     seed = facts.get("seed", "")
     return Shown(
         variant=name_variant(facts.get("engrams")),
         prompt=facts.get("prompt") or caption,
         seed=int(seed) if seed.isdecimal() else None,
         file=file,
-        read=lambda: np.asarray(load_picture(file))[None] if is_picture else read_clip(file).frames,
+        read=read,
     )
 
 
-def _is_still(file: Path) -> bool:
-    try:
-        with Image.open(file) as image:
-            return getattr(image, "n_frames", 1) == 1
-    except OSError:
-        return True  # what is wrong with it is told when it is read
+def _list_files(place: Path, find: Find) -> Sequence[Path]:
+    if place.is_file():
+        return [place]
+    if not place.is_dir():
+        raise InputError(f"{show_path(place)}: does not exist; give files, or a folder of them")
+    files = sorted(file for file in place.iterdir() if file.is_file() and not file.name.startswith("."))
+    return find(place, [file for file in files if file.name not in _OVERVIEWS])
 
 
 def _read_chunks(file: Path) -> dict[str, str]:

@@ -1,6 +1,7 @@
-"""The figures of single clips, and what they come to over prompts and seeds.
+"""The figures of single pictures and clips, and what they come to over prompts and seeds.
 
-Shapes: F frames, M reference pictures, d channels of features; features float32 [F, d], rows of length 1.
+Shapes: F frames (one of a picture), M reference pictures, d channels of features; features float32 [F, d], rows of
+length 1.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from engram_core import Measure
-from engram_video.evaluation.warping import Warping
 from engram_vision.features import Features, compare_features
 
 __all__ = [
@@ -23,7 +23,6 @@ __all__ = [
     "measure_consistency",
     "measure_identity",
     "sum_up",
-    "warping_figures",
 ]
 
 Pixels = npt.NDArray[np.uint8]
@@ -31,7 +30,7 @@ Pixels = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """One figure of one clip.
+    """One figure of one picture or clip.
 
     Attributes:
         subject: what it was measured with.
@@ -78,33 +77,21 @@ def measure_consistency(subject: str, features: Features) -> list[Figure]:
     return [_figure(subject, "consistency", float(cosines.mean()), better=True)]
 
 
-def warping_figures(warping: Warping) -> list[Figure]:
-    """Return what warping tells as figures."""
-    subject = "optical flow"
-    figures = [
-        Figure(subject=subject, metric="motion", value=warping.motion, higher_is_better=None),
-        Figure(subject=subject, metric="pixels compared", value=warping.coverage, higher_is_better=None),
-    ]
-    if warping.error is None:
-        return figures
-    return [_figure(subject, "warping error", warping.error, better=False), *figures]
-
-
 def compare_bytes(pairs: Sequence[tuple[str, Pixels, Pixels]]) -> tuple[int, list[str]]:
-    """Return how many pairs of clips are the same byte for byte, and the names of those that are not.
+    """Return how many pairs are the same byte for byte, and the names of those that are not.
 
     Args:
-        pairs: a name and two clips each.
+        pairs: a name, and the frames of both.
     """
     differing = [name for name, one, other in pairs if one.shape != other.shape or one.tobytes() != other.tobytes()]
     return len(pairs) - len(differing), differing
 
 
 def sum_up(figures: Mapping[str, Sequence[Sequence[Figure]]]) -> list[Measure]:
-    """Return the mean of each figure over clips, with its standard error where there are several clips.
+    """Return the mean of each figure, with its standard error where there are several pictures or clips.
 
     Args:
-        figures: of each clip, by variant.
+        figures: of each picture or clip, by variant.
     """
     rows: dict[str, tuple[Figure, dict[str, list[float]]]] = {}
     for variant, clips in figures.items():
@@ -127,10 +114,10 @@ def sum_up(figures: Mapping[str, Sequence[Sequence[Figure]]]) -> list[Measure]:
 
 
 def list_spread(figures: Mapping[str, Sequence[Sequence[Figure]]]) -> dict[str, dict[str, float]]:
-    """Return the standard deviation of each figure over clips, by metric and variant, where there are several.
+    """Return the standard deviation of each figure, by metric and variant, where there are several.
 
     Args:
-        figures: of each clip, by variant.
+        figures: of each picture or clip, by variant.
     """
     spread: dict[str, dict[str, float]] = {}
     for variant, clips in figures.items():

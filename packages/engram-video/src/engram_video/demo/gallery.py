@@ -1,0 +1,376 @@
+"""The clips of the demo: drawn with and without adapters, compared, judged, and laid out in sections.
+
+Shapes: F frames, uint8 [F, H, W, 3].
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from engram_core import Adapter, PromptAudit, Watcher
+from engram_video.demo.measures import Measures, is_mostly
+from engram_video.demo.motions import MOTION_PHRASES, MotionJudge, new_motions
+from engram_video.demo.movies import make_movie
+from engram_video.drawing import draw_clips, read_length
+from engram_video.frames import sample_indices
+from engram_vision.demo.characters import DemoCharacter, describe_subject
+from engram_vision.demo.judge import Judge
+from engram_vision.demo.measures import Tally
+from engram_vision.demo.page import Movie, Picture, Row, Section
+from engram_vision.demo.tokens import read_tokens
+from engram_vision.drawing import Drawing
+from engram_vision.loading import load_engram, pipeline_tokenizers, unload_engrams
+
+__all__ = ["Gallery", "Plan"]
+
+_LOADED = "demo"
+_SIDES = ("left", "right")
+_AT_ONCE = 256  # frames that a judge looks at
+# Without a trigger: other subjects, words that describe the characters, and single words of their names.
+_CONTROLS = (
+    "a fox jumping in the forest",
+    "a robot walking to the left at night",
+    "a cat and a penguin swaying in the snow",
+    "a purple spotted round monster with one eye and horns jumping on the beach",
+    "a green striped tall monster with two eyes and a crown swaying in space",
+    "zorbit walking to the right in the city",
+    "a quell coming closer under water",
+    "wumble fenny standing still in a meadow",
+    "in the desert",
+    "",
+)
+
+Pixels = npt.NDArray[np.uint8]
+Named = Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How much is drawn.
+
+    Attributes:
+        seeds: clips of each prompt with one name.
+        scenes: new scenes of each character, at most.
+        motions: new motions in each of them, at most.
+        pairs: scenes with both characters, at most.
+        controls: prompts without a trigger, at most.
+    """
+
+    seeds: int = 3
+    scenes: int = 5
+    motions: int = 2
+    pairs: int = 5
+    controls: int = len(_CONTROLS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Shot:
+    """A clip to draw of one character, and what it has to show.
+
+    Attributes:
+        scene, motion: what the prompt asks for.
+        drawing: by the character's name.
+        described: the same with its looks in words.
+        is_shown: whether it is on the page; the figures count all.
+    """
+
+    scene: str
+    motion: str
+    drawing: Drawing
+    described: Drawing
+    is_shown: bool
+
+
+class Gallery:
+    """Draws with one pipeline and counts what it finds in `measures`."""
+
+    def __init__(
+        self,
+        pipeline: Any,
+        judge: Judge,
+        motions: MotionJudge,
+        merged: Adapter,
+        *,
+        look: Mapping[str, Any],
+        plan: Plan,
+        seed: int,
+        watcher: Watcher,
+    ) -> None:
+        """Prepare to draw.
+
+        Args:
+            pipeline: the tiny checkpoint.
+            judge: names what a frame shows.
+            motions: names what a clip shows.
+            merged: all characters in one adapter.
+            look: how to draw, as `tiny_generate` has it.
+            plan: how much to draw.
+            seed: of the first clip of each prompt.
+            watcher: hears how many clips are drawn.
+        """
+        self.measures = Measures()
+        self._pipeline, self._judge, self._motions, self._merged = pipeline, judge, motions, merged
+        self._audit = PromptAudit(merged, pipeline_tokenizers(pipeline))
+        names = ("steps", "guidance", "width", "height", "frames", "batch_size")
+        self._look, self._fps = {name: look[name] for name in names}, int(look["fps"])
+        self._plan, self._seed, self._watcher, self._done = plan, seed, watcher, 0
+
+    def draw(
+        self, characters: Sequence[DemoCharacter], adapters: Mapping[str, Adapter], phrases: Mapping[str, str]
+    ) -> tuple[Section, ...]:
+        """Return every section of the page.
+
+        Args:
+            characters: the two that were learned.
+            adapters: their own adapters by name.
+            phrases: each scene's phrase.
+        """
+        shots = [self._list_shots(number, one, phrases) for number, one in enumerate(characters)]
+        names = list(phrases)
+        picked = [names[index] for index in sample_indices(len(names), min(self._plan.pairs, len(names)))]
+        scenes = {name: phrases[name] for name in picked}
+        controls = _CONTROLS[: self._plan.controls]
+        self._watcher.begin("drawing", 4 * sum(map(len, shots)) + 3 * 2 * len(scenes) + 2 * len(controls))
+        rows = [
+            row
+            for one, each in zip(characters, shots, strict=True)
+            for row in self._draw_alone(one, adapters[one.name], each)
+        ]
+        alone = Section(
+            title="New scenes and motions",
+            text=(
+                "The scenes that a character's five pictures did not show, and motions that its clips did not show. "
+                "The name recalls the character, and the rest of the prompt still decides scene and motion. The "
+                "merged file holds both characters and draws the same."
+                f"\n\nOf each scene one clip of {self._plan.motions * self._plan.seeds} is shown, chosen beforehand; "
+                "the figures count them all."
+            ),
+            columns=("base", "engram", "merged"),
+            rows=tuple(rows),
+        )
+        return alone, self._draw_pairs(characters, scenes), self._draw_controls(controls)
+
+    def judge_made(self, character: DemoCharacter, clips: Sequence[Pixels]) -> None:
+        """Count which of the clips that a character was learned from show it."""
+        for named in self._name_subjects(clips):
+            self.measures.made.add(is_mostly([character.is_seen(frame) for frame in named]))
+
+    def make_movie(self, clip: Pixels) -> Movie:
+        """Return a clip for the page."""
+        return make_movie(clip, self._fps)
+
+    def _list_shots(self, number: int, character: DemoCharacter, phrases: Mapping[str, str]) -> list[_Shot]:
+        """Return what to draw of a character: each new scene with each new motion."""
+        motions = new_motions(number)[: self._plan.motions]
+        scenes = [scene for scene in phrases if scene not in character.shown][: self._plan.scenes]
+        shots = []
+        for place, scene in enumerate(scenes):
+            for motion in motions:
+                rest = f"{MOTION_PHRASES[motion]} {phrases[scene]}"
+                shots += [
+                    _Shot(
+                        scene=scene,
+                        motion=motion,
+                        drawing=Drawing(prompt=f"{character.name} {rest}", seed=self._seed + repeat),
+                        described=Drawing(prompt=f"{character.description} {rest}", seed=self._seed + repeat),
+                        is_shown=motion == motions[place % len(motions)] and not repeat,
+                    )
+                    for repeat in range(self._plan.seeds)
+                ]
+        return shots
+
+    def _draw_alone(self, character: DemoCharacter, adapter: Adapter, shots: Sequence[_Shot]) -> list[Row]:
+        """Draw one character in new scenes; return some rows."""
+        measures, drawings = self.measures, [shot.drawing for shot in shots]
+        clips = {
+            "base": self._draw(drawings, None),
+            "engram": self._draw(drawings, adapter),
+            "merged": self._draw(drawings, self._merged),
+        }
+        named = {variant: self._name_subjects(group) for variant, group in clips.items()}
+        scenes = {variant: self._name_scenes(group) for variant, group in clips.items()}
+        motions = {variant: self._motions.name_motions(group) for variant, group in clips.items()}
+        for frames in self._name_subjects(self._draw([shot.described for shot in shots], None)):
+            measures.described.add(is_mostly([character.is_seen(frame) for frame in frames]))
+        rows = []
+        for number, shot in enumerate(shots):
+            pictures = []
+            for variant, group in clips.items():
+                seen = [character.is_seen(frame) for frame in named[variant][number]]
+                is_seen = is_mostly(seen)
+                scene, motion = scenes[variant][number], motions[variant][number]
+                measures.identity.setdefault(variant, Tally()).add(is_seen)
+                measures.scene.setdefault(variant, Tally()).add(scene == shot.scene)
+                measures.motion.setdefault(variant, Tally()).add(motion == shot.motion)
+                if variant == "engram":
+                    measures.count_quarters(seen)
+                if shot.is_shown:
+                    who = character.name if is_seen else _describe_most(named[variant][number])
+                    verdict = f"{who}; {MOTION_PHRASES[motion]}"
+                    # The base model owes nobody this character, so its clips are neither right nor wrong.
+                    good = None if variant == "base" else is_seen
+                    pictures.append(Picture(image=self.make_movie(group[number]), verdict=verdict, good=good))
+            same = _same(clips["engram"][number], clips["merged"][number])
+            measures.merged_equal.add(same)
+            if shot.is_shown:
+                note = None if same else "The merged file draws other bytes than the single one."
+                rows.append(self._row(shot.drawing, pictures, note))
+        return rows
+
+    def _draw_pairs(self, characters: Sequence[DemoCharacter], scenes: Mapping[str, str]) -> Section:
+        """Draw both characters in one prompt, in either order; show them in turn."""
+        asked = [
+            (order, f"{motion} {phrase}", self._seed + number)
+            for number, (phrase, motion) in enumerate(zip(scenes.values(), MOTION_PHRASES.values(), strict=False))
+            for order in (characters, characters[::-1])
+        ]
+        named_drawings = [
+            Drawing(prompt=f"{one.name} and {other.name} {phrase}", seed=seed) for (one, other), phrase, seed in asked
+        ]
+        described = [
+            Drawing(prompt=f"{one.description} and {other.description} {phrase}", seed=seed)
+            for (one, other), phrase, seed in asked
+        ]
+        clips = {
+            "base": self._draw(named_drawings, None),
+            "base, described": self._draw(described, None),
+            "merged": self._draw(named_drawings, self._merged),
+        }
+        named = {
+            (variant, side): self._name_subjects(group, side) for variant, group in clips.items() for side in _SIDES
+        }
+        rows = []
+        for number, ((order, _, _), drawing) in enumerate(zip(asked, named_drawings, strict=True)):
+            is_shown = number % 2 == number // 2 % 2
+            pictures = []
+            for variant, group in clips.items():
+                seen = [
+                    character.name
+                    for character, side in zip(order, _SIDES, strict=True)
+                    if is_mostly([character.is_seen(frame) for frame in named[variant, side][number]])
+                ]
+                both = len(seen) == len(order)
+                self.measures.pair.setdefault(variant, Tally()).add(both)
+                if is_shown:
+                    good = None if variant == "base" else both
+                    verdict = " and ".join(seen) or "neither"
+                    pictures.append(Picture(image=self.make_movie(group[number]), verdict=verdict, good=good))
+            if is_shown:
+                rows.append(self._row(drawing, pictures))
+        return Section(
+            title="Both in one prompt",
+            text=(
+                "One merged file, two names in one sentence; subjects stand from left to right. The model is weak "
+                "here: the second column shows how well it draws the two when all their looks are spelled out in "
+                "words it knows. A clip counts only when most of its frames show both, each in its place, right in "
+                "every attribute. Of each scene one order of the names is shown; the figures count both."
+            ),
+            columns=tuple(clips),
+            rows=tuple(rows),
+        )
+
+    def _draw_controls(self, prompts: Sequence[str]) -> Section:
+        """Draw prompts without a trigger and compare bytes."""
+        drawings = [Drawing(prompt=prompt, seed=self._seed) for prompt in prompts]
+        self._compare_states(prompts)
+        clips = {"base": self._draw(drawings, None), "merged": self._draw(drawings, self._merged)}
+        rows = []
+        for drawing, base, merged in zip(drawings, *clips.values(), strict=True):
+            same = _same(base, merged)
+            self.measures.control_equal.add(same)
+            pictures = [Picture(image=self.make_movie(base)), Picture(image=self.make_movie(merged), identical=same)]
+            rows.append(self._row(drawing, pictures))
+        return Section(
+            title="Nothing else changes",
+            text=(
+                "No full name, no change: other subjects, the characters described in plain words, single words of "
+                "their names, and no words at all. Both columns are compared frame by frame, byte by byte."
+            ),
+            columns=tuple(clips),
+            rows=tuple(rows),
+        )
+
+    def _compare_states(self, prompts: Sequence[str]) -> None:
+        """Compare the text states themselves, whose differences frames of 8 bits could hide."""
+        base = self._encode(prompts)
+        load_engram(self._pipeline, self._merged, name=_LOADED)
+        try:
+            edited = self._encode(prompts)
+        finally:
+            unload_engrams(self._pipeline, _LOADED)
+        for one, other in zip(base, edited, strict=True):
+            self.measures.states_equal.add(one.numpy().tobytes() == other.numpy().tobytes())
+
+    @torch.no_grad()
+    def _encode(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Return what the transformer would read of each prompt, [B, L, d]."""
+        states: torch.Tensor = self._pipeline.encode_prompt(
+            prompt=list(prompts), do_classifier_free_guidance=False, max_sequence_length=read_length(self._pipeline)
+        )[0]
+        return states
+
+    def _draw(self, drawings: Sequence[Drawing], adapter: Adapter | None) -> list[Pixels]:
+        """Draw with an adapter or without; every variant in the same batches, so that bytes can be compared."""
+        before = self._done
+        if adapter is not None:
+            load_engram(self._pipeline, adapter, name=_LOADED)
+        try:
+            clips = draw_clips(
+                self._pipeline,
+                drawings,
+                **self._look,
+                advance=lambda part: self._watcher.advance(before + part),
+            )
+        finally:
+            if adapter is not None:
+                unload_engrams(self._pipeline, _LOADED)
+        self._done += len(clips)
+        return clips
+
+    def _name_subjects(self, clips: Sequence[Pixels], side: str = "alone") -> list[list[Named]]:
+        """Return what stands in a region of each frame of each clip."""
+        frames = _to_pictures(clips)
+        named: list[Named] = []
+        for first in range(0, len(frames), _AT_ONCE):
+            named += self._judge.name_subjects(frames[first : first + _AT_ONCE], side)
+        return _split(named, clips)
+
+    def _name_scenes(self, clips: Sequence[Pixels]) -> list[str]:
+        """Return the scene that most frames of each clip show."""
+        frames = _to_pictures(clips)
+        named: list[str] = []
+        for first in range(0, len(frames), _AT_ONCE):
+            named += self._judge.name_scenes(frames[first : first + _AT_ONCE])
+        return [Counter(part).most_common(1)[0][0] for part in _split(named, clips)]
+
+    def _row(self, drawing: Drawing, pictures: Sequence[Picture], note: str | None = None) -> Row:
+        prompt = drawing.prompt or "(no words)"
+        tokens = read_tokens(self._audit, drawing.prompt)
+        return Row(prompt=prompt, tokens=tokens, seed=drawing.seed, pictures=tuple(pictures), note=note)
+
+
+def _to_pictures(clips: Sequence[Pixels]) -> list[Image.Image]:
+    return [Image.fromarray(frame) for clip in clips for frame in clip]
+
+
+def _split(named: Sequence[Any], clips: Sequence[Pixels]) -> list[list[Any]]:
+    """Return what was named of all frames, clip by clip."""
+    rest = iter(named)
+    return [[next(rest) for _ in clip] for clip in clips]
+
+
+def _describe_most(named: Sequence[Named]) -> str:
+    """Return what most frames show, in a few words."""
+    return Counter(describe_subject(frame) for frame in named).most_common(1)[0][0]
+
+
+def _same(one: Pixels, other: Pixels) -> bool:
+    return one.shape == other.shape and one.tobytes() == other.tobytes()
