@@ -20,14 +20,14 @@ from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 from recipes.small_world.denoiser import EMPTY_CAPTIONS, SUBJECT_WEIGHT
 from recipes.small_world.motion import Clip
 from recipes.small_world.unigram import vary_case
-from recipes.small_world.video_autoencoder import CHANNELS
+from recipes.small_world.video_autoencoder import CHANNELS, LATENT_FRAMES
 from recipes.small_world.world import SIZE
 from recipes.training import Report, Weights, fit
 
 MAX_LENGTH = 64
 """Tokens of a prompt: the longest captions of two subjects and their motion have 50."""
 
-BATCHES: Mapping[int, int] = {3: 64, 5: 40}
+BATCHES: Mapping[int, int] = {5: 40, 9: 22}
 """Latent frames to clips of a step, so that steps cost the same; the two lengths take turns."""
 
 PEAK_RATE = 1.2e-3
@@ -73,7 +73,7 @@ class VideoLessons:
     """Clips of one length, ready for the transformer.
 
     Attributes:
-        latents: float16 [N, 16, T, 8, 8], shifted and scaled as the pipelines do.
+        latents: float16 [N, 32, T, 8, 8], shifted and scaled as the pipelines do.
         shown: bool [N, T, 8, 8], where subjects are.
         ids: int64 [N, 64], the captions' tokens, padded.
     """
@@ -125,14 +125,14 @@ def build_video_flow() -> UniPCMultistepScheduler:
 def mark_subjects(clips: Sequence[Clip]) -> Tensor:
     """Return where subjects are in the latents of clips, bool [N, T, 8, 8].
 
-    A latent frame stands for four frames, the first for one; a place counts when a subject is there in any of them.
+    A latent frame stands for two frames, the first for one; a place counts when a subject is there in any of them.
     """
     side = SIZE // 8
-    marks: npt.NDArray[np.bool_] = np.zeros((len(clips), (len(clips[0].frames) + 3) // 4, side, side), np.bool_)
+    marks: npt.NDArray[np.bool_] = np.zeros((len(clips), _latent(len(clips[0].frames) - 1) + 1, side, side), np.bool_)
     for mark, clip in zip(marks, clips, strict=True):
         for frame, boxes in enumerate(clip.boxes):
             for left, top, right, bottom in boxes:
-                mark[(frame + 3) // 4, top // 8 : -(-bottom // 8), left // 8 : -(-right // 8)] = True
+                mark[_latent(frame), top // 8 : -(-bottom // 8), left // 8 : -(-right // 8)] = True
     return torch.from_numpy(marks)
 
 
@@ -240,11 +240,11 @@ def encode_captions(text: UMT5EncoderModel, ids: Tensor, length: int) -> Tensor:
 def guess_motion(
     transformer: WanTransformer3DModel, noisy: Tensor, times: Tensor, given: Tensor, states: Tensor
 ) -> Tensor:
-    """Return the velocity [B, 16, T, 8, 8].
+    """Return the velocity [B, 32, T, 8, 8].
 
     Args:
         transformer: which guesses.
-        noisy: latents [B, 16, T, 8, 8]; where the first frame is given, it is clean.
+        noisy: latents [B, 32, T, 8, 8]; where the first frame is given, it is clean.
         times: share of noise [B].
         given: whether the first frame is given [B].
         states: of the captions [B, L, 192].
@@ -256,6 +256,11 @@ def guess_motion(
         hidden_states=noisy, timestep=every.repeat_interleave(tokens, dim=1), encoder_hidden_states=states
     ).sample
     return guess
+
+
+def _latent(frame: int) -> int:
+    """Return which latent frame shows a frame."""
+    return -(-frame // LATENT_FRAMES)
 
 
 def _begin_as_identity(transformer: WanTransformer3DModel) -> None:

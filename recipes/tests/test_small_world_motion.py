@@ -62,8 +62,9 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture
 def small(monkeypatch):
     """Batches and clips of a size for tests."""
-    monkeypatch.setattr(video_transformer, "BATCHES", {3: 4, 5: 2})
+    monkeypatch.setattr(video_transformer, "BATCHES", {5: 4, 9: 2})
     monkeypatch.setattr(video_autoencoder, "_SHAPES", ((5, 1), (1, 2), (9, 1)))
+    monkeypatch.setattr(video_autoencoder, "_FRAMES_AT_ONCE", 2)
 
 
 @needs_font
@@ -132,7 +133,7 @@ def test_captions_name_the_motion_behind_the_last_subject():
 def test_marks_cover_the_frames_that_a_latent_frame_stands_for():
     clip = act("right")
     marks = video_transformer.mark_subjects([clip])
-    assert marks.shape == (1, 5, 8, 8)
+    assert marks.shape == (1, 9, 8, 8)
     left, top, right, bottom = clip.boxes[0][0]
     first = torch.zeros(8, 8, dtype=torch.bool)
     first[top // 8 : -(-bottom // 8), left // 8 : -(-right // 8)] = True
@@ -146,11 +147,23 @@ def test_the_autoencoder_reads_a_frame_and_then_four_at_a_time():
     model = video_autoencoder.build_video_autoencoder().eval()
     clips = act("jump").frames[None]
     latents = video_autoencoder.encode_clips(model, clips)
-    assert latents.shape == (1, video_autoencoder.CHANNELS, 5, 8, 8)
+    assert latents.shape == (1, video_autoencoder.CHANNELS, 9, 8, 8)
     for frames in (1, 5, 9):
         part = video_autoencoder.encode_clips(model, clips[:, :frames])
-        torch.testing.assert_close(part, latents[:, :, : (frames + 3) // 4], atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(part, latents[:, :, : (frames + 1) // 2], atol=1e-4, rtol=1e-3)
     assert video_autoencoder.redraw_clips(model, clips).shape == clips.shape
+
+
+def test_flat_convolutions_give_the_same():
+    torch.manual_seed(0)
+    model = video_autoencoder.build_video_autoencoder().eval()
+    for frames in (1, 5):
+        clip = video_autoencoder.to_video(act("jump").frames[None, :frames])
+        with torch.no_grad():
+            full = model.decode(model.encode(clip).latent_dist.mean).sample
+            with video_autoencoder.flat_convolutions():
+                flat = model.decode(model.encode(clip).latent_dist.mean).sample
+        torch.testing.assert_close(flat, full, atol=1e-5, rtol=1e-4)
 
 
 def test_latents_are_measured_by_channel():
@@ -159,8 +172,8 @@ def test_latents_are_measured_by_channel():
     clips = np.stack([act("jump").frames[:5], act("sway", seed=1).frames[:5]])
     video_autoencoder.measure_latents(model, clips)
     normal = video_autoencoder.encode_clips(model, clips).transpose(0, 1).flatten(1)
-    torch.testing.assert_close(normal.mean(1), torch.zeros(16), atol=1e-4, rtol=0)
-    torch.testing.assert_close(normal.std(1), torch.ones(16), atol=1e-4, rtol=0)
+    torch.testing.assert_close(normal.mean(1), torch.zeros(video_autoencoder.CHANNELS), atol=1e-4, rtol=0)
+    torch.testing.assert_close(normal.std(1), torch.ones(video_autoencoder.CHANNELS), atol=1e-4, rtol=0)
 
 
 def test_the_autoencoder_goes_on_where_it_stopped(tmp_path, monkeypatch, small):
@@ -193,11 +206,11 @@ def test_the_transformer_learns_and_goes_on_where_it_stopped(tmp_path, tokenizer
     captions = [plan_clip(0, index).caption for index in range(8)]
     lessons = [
         video_transformer.VideoLessons(
-            latents=torch.randn(8, 16, frames, 8, 8, generator=draws).half(),
+            latents=torch.randn(8, 32, frames, 8, 8, generator=draws).half(),
             shown=torch.rand(8, frames, 8, 8, generator=draws) < 0.3,
             ids=video_transformer.tokenize_captions(tokenizer, captions, 0),
         )
-        for frames in (3, 5)
+        for frames in (5, 9)
     ]
     lines = []
 

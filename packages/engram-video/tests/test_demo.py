@@ -151,6 +151,9 @@ def test_the_demo_writes_one_page_and_keeps_its_promises(tmp_path, quick):
             stream = container.streams.video[0]
             assert (stream.codec_context.name, stream.average_rate) == ("h264", FPS)
             assert len(list(container.decode(stream))) == FRAMES
+    for condition in ("prefers-reduced-motion: reduce", "print"):
+        style = re.search(rf"@media \(?{condition}\)? {{(.*?)\n}}", html, re.DOTALL).group(1)
+        assert re.search(r"\.movie > video[^{]*\{ display: none; }", style), condition
     for attrs in document.all("img"):
         with Image.open(io.BytesIO(decode(attrs["src"], "image/png"))) as shown:
             shown.load()

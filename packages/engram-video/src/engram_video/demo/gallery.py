@@ -268,9 +268,9 @@ class Gallery:
         return Section(
             title="Both in one prompt",
             text=(
-                "One merged file, two names in one sentence; subjects stand from left to right. The model is weak "
-                "here: the second column shows how well it draws the two when all their looks are spelled out in "
-                "words it knows. A clip counts only when most of its frames show both, each in its place, right in "
+                "One merged file, two names in one sentence; subjects stand from left to right. The second column "
+                "shows how well the model draws the two at all, when their looks are spelled out in words it knows. "
+                "A clip counts only when most of its frames show both, each in its place, right in "
                 "every attribute. Of each scene one order of the names is shown; the figures count both."
             ),
             columns=tuple(clips),
