@@ -13,12 +13,12 @@ import torch
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 
+from engram_video.demo.motions import MOTION_PHRASES, MotionJudge
 from engram_vision.demo.judge import Judge
 from recipes.small_world.captions import SCENE_PHRASES
-from recipes.small_world.clip_judge import MotionJudge
 from recipes.small_world.clip_sheet import film, save_rows
 from recipes.small_world.evaluate import is_right
-from recipes.small_world.motion import FRAMES, MOTION_PHRASES, Frames, pick_frames, render_clip
+from recipes.small_world.motion import FRAMES, Frames, pick_frames, render_clip
 from recipes.small_world.subjects import ATTRIBUTES, EMOJI, Monster, random_monster
 from recipes.small_world.video_autoencoder import measure_psnr, redraw_clips
 from recipes.small_world.world import CHARACTERS, Subject, describe, is_held_out, render
@@ -110,7 +110,7 @@ def evaluate_judges(
         result[name] = {
             "subject": _share(is_right(n, r.subject) for n, r in zip(named, wanted, strict=True)),
             "scene": _share(scene == r.scene for scene, r in zip(scenes, wanted, strict=True)),
-            "motion": _share(m == r.motion for m, r in zip(motions.name_motions(clips), requests, strict=True)),
+            "motion": _share(m == r.motion for m, r in zip(motions.name_motions(list(clips)), requests, strict=True)),
         }
     return result
 
@@ -183,7 +183,7 @@ def score_clips(
     result = {
         "subject": _share(is_right(named, request.subject) for named, request in pairs),
         "scene": _share(scene == request.scene for scene, request in zip(scenes, requests, strict=True)),
-        "motion": _share(m == r.motion for m, r in zip(motions.name_motions(clips), requests, strict=True)),
+        "motion": _share(m == r.motion for m, r in zip(motions.name_motions(list(clips)), requests, strict=True)),
     }
     monsters = [(named, request.subject) for named, request in pairs if isinstance(request.subject, Monster)]
     for name in ATTRIBUTES if monsters else ():

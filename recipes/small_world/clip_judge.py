@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from diffusers import AutoencoderKLWan
-from torch import Tensor
 from transformers import ResNetConfig, ResNetForImageClassification
 
+from engram_video.demo.motions import LOOKS, MOTION_PHRASES, look_at
 from recipes.small_world.judge import train_judge
-from recipes.small_world.motion import MOTION_PHRASES, Clip, Frames, draw_clips, pick_frames
+from recipes.small_world.motion import Clip, draw_clips, pick_frames
 from recipes.small_world.video_autoencoder import redraw_clips
 from recipes.small_world.world import Box, World
 from recipes.state import cosine
@@ -24,39 +22,14 @@ REGIONS: Mapping[str, Box] = {"alone": (0, 0, 64, 64), "left": (0, 12, 40, 64), 
 """Where the judge of frames looks for a subject: everywhere, or where one of two can go."""
 
 MOTIONS = tuple(MOTION_PHRASES)
-LOOKS = 9
-"""Frames that the judge of motions looks at, evenly spread."""
 
 _CLIPS, _WINDOWS = 1_500, ((0, 1, 2, 3, 4), (4, 5, 6, 7, 8), (8, 9, 10, 11, 12), (12, 13, 14, 15, 16))
 _MOVING = 3_000
 _BATCH, _PEAK_RATE, _MOTION_STEPS = 64, 2e-3, 500
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class MotionJudge:
-    """Tells the motion of a clip.
-
-    Attributes:
-        model: over the grey frames of a clip, as channels.
-    """
-
-    model: ResNetForImageClassification
-
-    @classmethod
-    def load(cls, folder: Path) -> MotionJudge:
-        """Load what `train_motions` wrote."""
-        model = ResNetForImageClassification.from_pretrained(folder, dtype=torch.float32)
-        return cls(model=model.requires_grad_(False).train(False))
-
-    @torch.no_grad()
-    def name_motions(self, clips: Frames) -> list[str]:
-        """Return the motion of each clip, uint8 [N, F, 64, 64, 3], F at least 9."""
-        looks = clips[:, np.linspace(0, clips.shape[1] - 1, LOOKS).round().astype(int)]
-        return [MOTIONS[index] for index in self.model(to_looks(looks)).logits.argmax(-1).tolist()]
-
-
 def train_clip_judge(autoencoder: AutoencoderKLWan, folder: Path, *, steps: int, seed: int, report: Report) -> None:
-    """Train all classifiers and write them to a folder: one for `Judge`, with `motion` in it for `MotionJudge`.
+    """Train all classifiers and write them to a folder: for `Judge`, and within it `motion` for `MotionJudge`.
 
     Args:
         autoencoder: half of what the judge learns from has gone through it and back.
@@ -80,7 +53,7 @@ def train_motions(seed: int, report: Report) -> ResNetForImageClassification:
     """Return a classifier of motions, trained on drawn clips and their mirror images."""
     torch.manual_seed(seed)
     drawn = [clip for clip in draw_clips(seed + 2, range(_MOVING), pick_frames(LOOKS)) if clip.plan.subjects]
-    looks = np.stack([grey(clip.frames) for clip in drawn])
+    looks = np.stack([look_at(clip.frames) for clip in drawn])
     labels = np.array([MOTIONS.index(clip.plan.motion) for clip in drawn])
     mirror = np.array([MOTIONS.index({"left": "right", "right": "left"}.get(name, name)) for name in MOTIONS])
     model = build_motion_classifier().train()
@@ -117,6 +90,8 @@ def build_motion_classifier() -> ResNetForImageClassification:
             depths=[1, 1, 1, 1],
             layer_type="basic",
             num_labels=len(MOTIONS),
+            id2label=dict(enumerate(MOTIONS)),
+            label2id={name: number for number, name in enumerate(MOTIONS)},
         )
     )
 
@@ -132,14 +107,3 @@ def spread_frames(clips: Sequence[Clip]) -> World:
         subjects=[plan.subjects for plan in plans],
         boxes=[boxes for clip in clips for boxes in clip.boxes],
     )
-
-
-def grey(frames: Frames) -> npt.NDArray[np.uint8]:
-    """Return frames, uint8 [..., H, W, 3], without their colours."""
-    means: npt.NDArray[np.uint8] = frames.mean(axis=-1).round().astype(np.uint8)
-    return means
-
-
-def to_looks(clips: Frames) -> Tensor:
-    """Return clips of 9 frames as the judge of motions reads them, float32 [N, 9, 64, 64] in -1..1."""
-    return torch.from_numpy(grey(clips)).float().div(127.5).sub(1)

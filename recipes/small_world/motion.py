@@ -6,7 +6,7 @@ motion in front of a scene that does not move. What `world` holds out is held ou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from engram_video.demo.motions import MOTION_PHRASES
 from recipes.small_world.captions import SCENE_PHRASES, invent_name, write_caption
 from recipes.small_world.scenes import CANVAS, draw_scene
 from recipes.small_world.subjects import EMOJI, Monster, draw_emoji, draw_monster, random_monster
@@ -24,16 +25,6 @@ FRAMES, RATE = 17, 8
 
 LENGTHS = (9, 17)
 """Numbers of frames that the checkpoint learns: sampled evenly from a clip, and all."""
-
-MOTION_PHRASES: Mapping[str, str] = {
-    "right": "walking to the right",
-    "left": "walking to the left",
-    "jump": "jumping",
-    "sway": "swaying",
-    "closer": "coming closer",
-    "still": "standing still",
-}
-"""Motion to the phrase that names it."""
 
 # Where subjects stand, as in still pictures; in pixels of the canvas: (left, size) for one and for two.
 _PLACES = (((20, 88),), ((1, 62), (65, 62)))

@@ -133,8 +133,8 @@ def flat_convolutions() -> Iterator[None]:
             result: Tensor = full(self, x, cache_x)
             return result
         frames = nn.functional.pad(x.transpose(1, 2).flatten(0, 1), self._padding[:4])
-        flat = nn.functional.conv2d(frames, self.weight[:, :, -1], self.bias, self.stride[1:])
-        return flat.unflatten(0, (len(x), x.shape[2])).transpose(1, 2)
+        flat: Tensor = nn.functional.conv2d(frames, self.weight[:, :, -1], self.bias, self.stride[1:])
+        return flat.view(len(x), x.shape[2], *flat.shape[1:]).transpose(1, 2)
 
     WanCausalConv3d.forward = forward
     try:

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from engram_video.demo.motions import MOTION_PHRASES, MotionJudge
 from engram_vision.demo.judge import Judge
 from recipes import training
 from recipes.small_world import clip_judge, judge, video_autoencoder, video_transformer
@@ -23,7 +24,6 @@ from recipes.small_world.clip_sheet import film
 from recipes.small_world.motion import (
     FRAMES,
     LENGTHS,
-    MOTION_PHRASES,
     Clip,
     Plan,
     draw_clip,
@@ -325,10 +325,10 @@ def test_the_judge_of_motions_looks_at_clips_of_both_lengths(tmp_path):
     torch.manual_seed(0)
     model = clip_judge.build_motion_classifier()
     model.half().save_pretrained(tmp_path)
-    loaded = clip_judge.MotionJudge.load(tmp_path)
+    loaded = MotionJudge.load(tmp_path)
     clips = np.stack([act("right").frames, act("sway").frames])
-    assert loaded.name_motions(clips) == loaded.name_motions(clips[:, pick_frames(9)])
-    assert set(loaded.name_motions(clips)) <= set(MOTION_PHRASES)
+    assert loaded.name_motions(list(clips)) == loaded.name_motions(clips[:, pick_frames(9)])
+    assert set(loaded.name_motions(list(clips))) <= set(MOTION_PHRASES)
 
 
 def test_requests_are_of_the_kind_they_say():

@@ -17,7 +17,7 @@ from transformers import ResNetForImageClassification
 from engram_core import InputError
 from engram_vision.quiet import quiet_libraries
 
-__all__ = ["MOTION_PHRASES", "MotionJudge", "new_motions", "shown_motions"]
+__all__ = ["LOOKS", "MOTION_PHRASES", "MotionJudge", "look_at", "new_motions", "shown_motions"]
 
 MOTION_PHRASES: Mapping[str, str] = {
     "right": "walking to the right",
@@ -29,9 +29,11 @@ MOTION_PHRASES: Mapping[str, str] = {
 }
 """Motion to the phrase that names it, in the order of the judge's outputs."""
 
+LOOKS = 9
+"""Frames that the judge looks at, evenly spread."""
+
 # A character's five clips show four motions; the two that are left are new. What is new to one, the other shows.
 _SHOWN = (("jump", "right", "sway", "still", "jump"), ("left", "closer", "sway", "still", "left"))
-_LOOKS = 9  # frames that the judge looks at, evenly spread
 _SIDE = 64
 
 Pixels = npt.NDArray[np.uint8]
@@ -78,9 +80,9 @@ class MotionJudge:
         except (OSError, ValueError) as error:
             raise InputError(f"{folder}: is not a judge: {type(error).__name__}: {error}") from None
         told = (model.config.num_channels, model.config.num_labels)
-        if told != (_LOOKS, len(MOTION_PHRASES)):
+        if told != (LOOKS, len(MOTION_PHRASES)):
             raise InputError(
-                f"{folder}: tells {told[1]} motions by {told[0]} frames, expected {len(MOTION_PHRASES)} by {_LOOKS}; "
+                f"{folder}: tells {told[1]} motions by {told[0]} frames, expected {len(MOTION_PHRASES)} by {LOOKS}; "
                 "run its recipe again"
             )
         return cls(model=model.requires_grad_(False).train(False))
@@ -97,18 +99,14 @@ class MotionJudge:
         for clip in clips:
             if clip.shape[1:] != (_SIDE, _SIDE, 3):
                 raise InputError(f"a clip is {list(clip.shape)}, the judge of motions reads [F, {_SIDE}, {_SIDE}, 3]")
-        looks = np.stack([_grey(clip[_spread(len(clip))]) for clip in clips])
+        looks = np.stack([look_at(clip) for clip in clips])
         logits = self.model(torch.from_numpy(looks).float().div(127.5).sub(1)).logits
         names = tuple(MOTION_PHRASES)
         return [names[index] for index in logits.argmax(-1).tolist()]
 
 
-def _spread(count: int) -> npt.NDArray[np.int64]:
-    places: npt.NDArray[np.int64] = np.linspace(0, count - 1, _LOOKS).round().astype(np.int64)
-    return places
-
-
-def _grey(frames: Pixels) -> Pixels:
-    """Return frames [F, H, W, 3] without their colours, [F, H, W]."""
-    means: Pixels = frames.mean(axis=-1).round().astype(np.uint8)
+def look_at(clip: Pixels) -> Pixels:
+    """Return what the judge sees of a clip, uint8 [F, H, W, 3]: nine of its frames without their colours, [9, H, W]."""
+    places = np.linspace(0, len(clip) - 1, LOOKS).round().astype(np.int64)
+    means: Pixels = clip[places].mean(axis=-1).round().astype(np.uint8)
     return means
