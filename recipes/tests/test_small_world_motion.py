@@ -328,7 +328,7 @@ def test_the_judge_of_motions_looks_at_clips_of_both_lengths(tmp_path):
     loaded = MotionJudge.load(tmp_path)
     clips = np.stack([act("right").frames, act("sway").frames])
     assert loaded.name_motions(list(clips)) == loaded.name_motions(clips[:, pick_frames(9)])
-    assert set(loaded.name_motions(list(clips))) <= set(MOTION_PHRASES)
+    assert set(loaded.name_motions(clips)) <= set(MOTION_PHRASES)
 
 
 def test_requests_are_of_the_kind_they_say():
