@@ -34,7 +34,7 @@ _BATCH = 16
 
 
 def build_video_autoencoder() -> AutoencoderKLWan:
-    """Return an untrained autoencoder of 1.7 million parameters, built as that of Wan2.2-TI2V-5B is.
+    """Return an untrained autoencoder of 2.7 million parameters, built as that of Wan2.2-TI2V-5B is.
 
     The real one has patches of 2 x 2 pixels and three times half the size, twice half the frames; this one has patches
     of 4 x 4 and halves size and frames once.
