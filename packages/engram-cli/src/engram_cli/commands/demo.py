@@ -18,7 +18,7 @@ def register(app: typer.Typer) -> None:
 def demo(
     backbone: Annotated[str, typer.Option("--backbone", help="Model family.")] = "sd15",
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder for the page, the adapters and pictures.")
+        Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder for the page and all that it shows.")
     ] = Path("engram-demo"),
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
     force: Force = False,
