@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from recipes.small_world.denoiser import EMPTY_CAPTIONS, SUBJECT_WEIGHT
@@ -188,7 +189,8 @@ def train_video_transformer(
         noisy = torch.lerp(latents, noise, times[:, None, None, None, None])
         noisy[given, :, 0] = latents[given, :, 0]
         length = _PADDED if step % _TURN in _PADDED_STEPS else MAX_LENGTH
-        with torch.autocast("cpu", torch.bfloat16):
+        # The fused attention's way back takes as long as all the rest on a CPU in bfloat16; sequences are short.
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             states = encode_captions(models.text, ids, length)
             guess = guess_motion(models.transformer, noisy, times, given, states)
         error = (guess.float() - (noise - latents)).square().mean(1)
