@@ -48,6 +48,8 @@ _TIMES = 1000
 # The real pipelines pad every prompt with zeros to 512 states. Some steps do so too, so that it does not matter how
 # many there are; the others are cheaper.
 _PADDED, _PADDED_STEPS, _TURN = 512, (5, 12), 16
+# In bfloat16 on a CPU, fused attention over a short sequence takes as long as all the rest on its way back.
+_PLAIN, _FUSED = [SDPBackend.MATH], [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -189,8 +191,7 @@ def train_video_transformer(
         noisy = torch.lerp(latents, noise, times[:, None, None, None, None])
         noisy[given, :, 0] = latents[given, :, 0]
         length = _PADDED if step % _TURN in _PADDED_STEPS else MAX_LENGTH
-        # The fused attention's way back takes as long as all the rest on a CPU in bfloat16; sequences are short.
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(_PLAIN if length == MAX_LENGTH else _FUSED):
             states = encode_captions(models.text, ids, length)
             guess = guess_motion(models.transformer, noisy, times, given, states)
         error = (guess.float() - (noise - latents)).square().mean(1)
