@@ -35,7 +35,7 @@ def check_files(settings):
     folder = settings.output.with_suffix(".run")
     for path in folder.iterdir():
         if not path.name.startswith("."):
-            assert path.name in (STATE, METRICS, SETTINGS)
+            assert path.name in (STATE, METRICS, SETTINGS) or path.name.startswith("frozen-")
     assert "[train]" in (folder / SETTINGS).read_text(encoding="utf-8")
     if settings.output.exists():
         open_adapter(settings.output).check()
