@@ -103,7 +103,7 @@ def wheels(session: nox.Session, package: str) -> None:
 @nox.session
 def benchmarks(session: nox.Session) -> None:
     """Measure engram-core, or the package named first, as in `-- vision`; further arguments go to the script."""
-    named = session.posargs[:1] and session.posargs[0] in ("core", "vision", "llm")
+    named = session.posargs[:1] and session.posargs[0] in ("core", "vision", "video", "llm")
     package, *arguments = session.posargs if named else ["core", *session.posargs]
     sync(session, "--no-default-groups", "--group=test", "--group=comparisons")
     session.run("python", f"packages/engram-{package}/benchmarks/run.py", *arguments)

@@ -1,0 +1,300 @@
+"""Training steps on clips, each way in a process of its own: the program that `clip_training.py` starts.
+
+`python clip_steps.py JSON` does some steps in one way and prints how long each took and how much memory there was.
+
+Shapes: B clips, L positions, d width; frames uint8 [F, H, W, 3].
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from memory import Memory
+from methods import add_lora
+from quiet import Others
+from torch import Tensor
+from wan_models import TRIGGER
+
+from engram_core import Watcher
+from engram_video.clips import read_clip
+from engram_video.families import WAN22 as FAMILY
+from engram_video.frames import sample_indices
+from engram_video.settings import Wan22TrainSettings
+from engram_video.training.clips import CLIPS, encode_clips, train
+from engram_video.wan22 import WAN22
+from engram_vision.loading import pipeline_tokenizers
+from engram_vision.models import load_pipeline
+from engram_vision.training.frozen import FrozenTexts, TextReader
+from engram_vision.training.placement import Placement
+from engram_vision.training.preparation import Prepared, prepare, read_data
+from engram_vision.training.state import load_state
+from engram_vision.training.trainer import STATE
+
+Step = Callable[[], object]
+Draw = Callable[[], tuple[Tensor, FrozenTexts]]
+"""Draws a batch: latents on the device, and the captions as the text encoder reads them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What to measure.
+
+    Attributes:
+        way: a key of `clip_training.WAYS`, for messages.
+        kind: `engram`, `LoRA` or `model`.
+        cached: whether latents and text states are kept, and the frozen models gone.
+        model: the base model's folder, or `tiny`.
+        data: folder of clips with captions.
+        scratch: an empty folder.
+        width, height, frames, batch_size, precision, device: as in `Wan22TrainSettings`.
+        gradient_checkpointing, low_memory: likewise.
+        warm_up: steps that are not timed.
+        steps: steps that are.
+    """
+
+    way: str
+    kind: str
+    cached: bool = True
+    model: str
+    data: str
+    scratch: str
+    width: int
+    height: int
+    frames: int
+    batch_size: int
+    precision: str
+    device: str
+    gradient_checkpointing: bool = False
+    low_memory: bool = False
+    warm_up: int
+    steps: int
+
+    @property
+    def settings(self) -> Wan22TrainSettings:
+        """The task as the project's own trainer takes it: without validation, and saving after what is timed."""
+        n_steps = self.warm_up + self.steps + 1
+        return Wan22TrainSettings(
+            data=Path(self.data),
+            trigger=TRIGGER,
+            output=Path(self.scratch) / "concept.safetensors",
+            model=self.model,
+            width=self.width,
+            height=self.height,
+            frames=self.frames,
+            batch_size=self.batch_size,
+            precision=self.precision,  # type: ignore[arg-type]
+            device=self.device,  # type: ignore[arg-type]
+            gradient_checkpointing=self.gradient_checkpointing,
+            low_memory=self.low_memory,
+            # The rates are of no consequence for time, but those of few steps must not let values overflow.
+            vector_rate=float(WAN22.tiny_train["vector_rate"]),
+            scale_rate=float(WAN22.tiny_train["scale_rate"]),
+            steps=n_steps,
+            validate_every=0,
+            save_every=n_steps,
+        )
+
+    def load(self) -> Any:
+        """Return the model on its device."""
+        return load_pipeline(
+            FAMILY,
+            self.model,
+            precision=self.precision,  # type: ignore[arg-type]
+            device=torch.device(self.device),
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class Sample:
+    """What was measured.
+
+    Attributes:
+        seconds: of each timed step.
+        step_peak: most memory during the steps, in bytes.
+        peak: most memory of the process.
+        learned: how many values are learned.
+        others: processors that other programs kept busy during the steps.
+    """
+
+    seconds: Sequence[float] = ()
+    step_peak: int = 0
+    peak: int = 0
+    learned: int = 0
+    others: float = 0.0
+
+
+class Stopwatch(Watcher):
+    """Times the trainer's steps: all that happens from the end of one to the end of the next."""
+
+    def __init__(self, device: str) -> None:
+        self.seconds: list[float] = []
+        self.memory, self.others = Memory(device), Others()
+        self.peak_before = 0
+        self._device, self._last = device, 0.0
+
+    def begin(self, title: str, total: int | None = None, done: int = 0) -> None:  # noqa: ARG002
+        """Start with the first step."""
+        if title == "training":
+            self.peak_before = self.memory.peak()
+            self.memory.forget()
+            self.others.restart()
+            self._last = perf_counter()
+
+    def advance(self, done: int, figures: Mapping[str, float] | None = None) -> None:  # noqa: ARG002
+        """Note when a step ended; earlier work, which also reports here, is dropped."""
+        if self._last:
+            wait(self._device)
+            now = perf_counter()
+            self.seconds.append(now - self._last)
+            self._last = now
+
+
+def wait(device: str) -> None:
+    """Wait until a device has done its work."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure(task: Task) -> Sample:
+    """Do the steps of one way."""
+    torch.manual_seed(0)
+    if task.kind == "model":
+        return measure_model(task)
+    if task.kind == "engram" and task.cached:
+        return measure_trainer(task)
+    sample, memory = Sample(), Memory(task.device)
+    step = build_step(task, sample)
+    sample.peak = memory.peak()
+    memory.forget()
+    seconds, others = [], Others()
+    for _ in range(task.warm_up + task.steps):
+        start = perf_counter()
+        step()
+        wait(task.device)
+        seconds.append(perf_counter() - start)
+    sample.seconds, sample.others = seconds[task.warm_up :], others.share()
+    sample.step_peak = memory.peak()
+    sample.peak = max(sample.peak, sample.step_peak)
+    return sample
+
+
+def measure_trainer(task: Task) -> Sample:
+    """Do the steps of the project's own trainer."""
+    watch = Stopwatch(task.device)
+    report = train(task.settings, watcher=watch)
+    others = watch.others.share()
+    step_peak = watch.memory.peak()
+    # Of the file, an adapter of so few steps would lack the entries that no caption showed yet.
+    _, groups = load_state(report.run_dir / STATE)
+    return Sample(
+        seconds=watch.seconds[task.warm_up : -1],  # the last one also writes the adapter
+        step_peak=step_peak,
+        peak=max(watch.peak_before, step_peak),
+        learned=sum(value.numel() for value in groups["model"].values()),
+        others=others,
+    )
+
+
+def measure_model(task: Task) -> Sample:
+    """Only load the model."""
+    memory = Memory(task.device)
+    pipeline = task.load()
+    for name in FAMILY.modules():
+        if getattr(pipeline, name) is not None:
+            for parameter in getattr(pipeline, name).parameters():
+                parameter.detach().sum()  # weights of a file come into memory when they are first read
+    return Sample(step_peak=memory.now(), peak=memory.peak())
+
+
+def build_step(task: Task, sample: Sample) -> Step:
+    """Return the step of an engram without caches, or of LoRA with the same caches or none."""
+    settings, device = task.settings, torch.device(task.device)
+    items, _ = read_data(settings, CLIPS, Watcher())
+    prepared = prepare(settings, CLIPS, items, None, device, Path(task.scratch), Watcher())
+    if task.cached:
+        Placement(prepared.pipeline, settings, device, Watcher())
+        draw = draw_kept(prepared, settings.batch_size, device)
+    else:
+        prepared.pipeline.to(device)
+        draw = draw_anew(prepared, settings, items, device)
+    transformer, objective = prepared.pipeline.transformer, CLIPS.objective(settings, prepared.pipeline)
+    # What lets LoRA's float32 numbers meet a half-precision model, as the scripts' Accelerator does.
+    dtype, mixes = transformer.dtype, task.kind == "LoRA" and transformer.dtype != torch.float32
+    if task.kind == "LoRA":
+        learned = add_lora(transformer, sum(parameter.numel() for parameter in prepared.concept.parameters()))
+        groups: list[dict[str, Any]] = [{"params": learned, "lr": 1e-4}]
+    else:
+        streams = prepared.streams.values()
+        groups = [
+            {"params": [stream.vectors for stream in streams], "lr": settings.vector_rate},
+            {"params": [stream.scales for stream in streams], "lr": settings.scale_rate},
+        ]
+        learned = [parameter for group in groups for parameter in group["params"]]
+    optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
+    sample.learned = sum(parameter.numel() for parameter in learned)
+    random = torch.Generator().manual_seed(0)
+
+    def step() -> None:
+        latents, texts = draw()
+        states = texts.states.to(device)
+        if task.kind == "engram":
+            states = prepared.concept({"umt5": (states, texts.ids, texts.lengths)})["umt5"]
+        times = objective.spread_times(len(latents), random).to(device)
+        conditions = prepared.conditioner({"umt5": states}, {})
+        with torch.autocast(device.type, dtype, enabled=mixes):
+            loss = objective.losses(latents, torch.randn_like(latents), times, conditions).mean()
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(learned, settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def draw_kept(prepared: Prepared, size: int, device: torch.device) -> Draw:
+    """Return what draws a batch out of kept latents and text states."""
+    data, texts = prepared.data, prepared.data.texts["umt5"]
+    first = torch.tensor([forms[0] for forms in data.captions])
+
+    def draw() -> tuple[Tensor, FrozenTexts]:
+        chosen = torch.randint(len(data.mean), (size,))
+        latents = data.mean[chosen] + data.std[chosen] * torch.randn(size, *data.mean.shape[1:])
+        rows = first[chosen]
+        lengths = None if texts.lengths is None else texts.lengths[rows]
+        return latents.to(device), FrozenTexts(ids=texts.ids[rows], states=texts.states[rows], lengths=lengths)
+
+    return draw
+
+
+def draw_anew(prepared: Prepared, settings: Wan22TrainSettings, items: Sequence[Any], device: torch.device) -> Draw:
+    """Return what draws a batch by the frozen models, as a script without caches does; frames are in memory."""
+    pipeline, size = prepared.pipeline, (settings.width, settings.height)
+    tokenizer = pipeline_tokenizers(pipeline)["umt5"]
+    reader = TextReader(FAMILY, pipeline, "umt5", tokenizer, device)
+    clips = [
+        read_clip(item.path, frames=sample_indices(item.info.frames, settings.frames), size=size).frames
+        for item in items
+    ]
+
+    def draw() -> tuple[Tensor, FrozenTexts]:
+        chosen = torch.randint(len(clips), (settings.batch_size,)).tolist()
+        mean, std = encode_clips(pipeline.vae, [clips[at] for at in chosen], device)
+        latents = (mean + std * torch.randn_like(mean)).to(device)
+        return latents, reader.read([items[at].caption for at in chosen])
+
+    return draw
+
+
+if __name__ == "__main__":
+    logging.disable(logging.WARNING)
+    found = measure(Task(**json.loads(sys.argv[1])))
+    values = {name: getattr(found, name) for name in Sample.__dataclass_fields__}
+    print(json.dumps(values | {"threads": torch.get_num_threads()}))
