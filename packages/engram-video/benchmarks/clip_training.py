@@ -7,9 +7,7 @@ fresh process (`clip_steps.py`); the ways take turns.
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -18,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint import Checkpoint
+from children import run_script
 from measure import Outcome, Spread, Table
 from quiet import LIMIT, wait_for_quiet
 from wan_models import LAYERS, write_clips
@@ -25,7 +24,6 @@ from wan_models import LAYERS, write_clips
 from engram_video.wan22 import WAN22
 
 HERE = Path(__file__).parent
-MEASURING = HERE.parents[1] / "engram-core" / "benchmarks"
 OURS, MODEL = "engram", "(the whole model, loaded)"
 WAYS: Mapping[str, Mapping[str, Any]] = {
     OURS: {"kind": "engram"},
@@ -143,7 +141,7 @@ def _write_model(folder: Path, device: str) -> str:
     """Write a model of TI2V-5B's widths, unless it is there, and return where it is."""
     if not folder.exists():
         print("writing a model of TI2V-5B's widths ...", file=sys.stderr, flush=True)
-        _run_script("wan_models.py", device, str(folder))
+        run_script(HERE / "wan_models.py", device, str(folder))
     return str(folder)
 
 
@@ -188,21 +186,9 @@ def _run_undisturbed(folder: Path, task: Mapping[str, Any], *, repeats: int) -> 
 
 def _run_child(folder: Path, task: Mapping[str, Any]) -> Sample:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        printed = _run_script("clip_steps.py", json.dumps({**task, "scratch": scratch}))
+        printed = run_script(HERE / "clip_steps.py", json.dumps({**task, "scratch": scratch}))
     sample: Sample = json.loads(printed.splitlines()[-1])
     return sample
-
-
-def _run_script(name: str, *arguments: str) -> str:
-    """Run a script of this folder and return what it prints."""
-    # Nothing is looked up on the hub: all that is loaded is here. The measuring code is no package.
-    paths = os.pathsep.join(filter(None, (str(MEASURING), os.environ.get("PYTHONPATH"))))
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
-    command = [sys.executable, str(HERE / name), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{name} {' '.join(arguments)} failed with status {done.returncode}:\n{done.stderr}")
-    return done.stdout
 
 
 def _table(size: Size, samples: Mapping[str, Sequence[Sample]], where: str) -> Table:

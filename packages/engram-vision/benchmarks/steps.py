@@ -216,7 +216,7 @@ def build_uncached_engram(task: Task, sample: Sample) -> Step:
     """Return the step of an engram as TinyEngram's scripts do it: VAE and text encoders run each time."""
     settings = task.settings
     items, _ = read_data(settings, PICTURES, Watcher())
-    prepared = prepare(settings, PICTURES, items, None, torch.device(task.device), Watcher())
+    prepared = prepare(settings, PICTURES, items, None, torch.device(task.device), Path(task.scratch), Watcher())
     frozen, data = Frozen(task, prepared.pipeline), Samples(task, items)
     concept, streams = prepared.concept, prepared.streams.values()
     readers = {

@@ -8,9 +8,7 @@ Run through `run.py`. Each measurement is a fresh process (`steps.py`); the ways
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints import write_pictures
+from children import run_script
 from measure import Outcome, Spread, Table
 from quiet import LIMIT, wait_for_quiet
 
@@ -117,7 +116,7 @@ def _write_model(folder: Path, backbone: str) -> str:
     """Write a model of a backbone's full size and return where it is."""
     print(f"writing a model of {backbone}'s size ...", file=sys.stderr, flush=True)
     target = folder / backbone
-    subprocess.run([sys.executable, HERE / "checkpoints.py", backbone, target], stderr=subprocess.DEVNULL, check=True)
+    run_script(HERE / "checkpoints.py", backbone, str(target))
     return str(target / "model")
 
 
@@ -158,14 +157,9 @@ def _run_undisturbed(folder: Path, task: Mapping[str, Any], *, repeats: int) -> 
 
 
 def _run_child(folder: Path, task: Mapping[str, Any]) -> Sample:
-    # Nothing is looked up on the hub: all that is loaded is here.
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        command = [sys.executable, HERE / "steps.py", json.dumps({**task, "scratch": scratch})]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{task['way']} failed with status {done.returncode}:\n{done.stderr}")
-    sample: Sample = json.loads(done.stdout.splitlines()[-1])
+        printed = run_script(HERE / "steps.py", json.dumps({**task, "scratch": scratch}))
+    sample: Sample = json.loads(printed.splitlines()[-1])
     return sample
 
 
