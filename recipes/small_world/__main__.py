@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--transformer-steps", type=int, default=3_000)
     parser.add_argument("--judge-steps", type=int, default=1_000)
     parser.add_argument("--clips", type=int, default=6_000, help="of each length")
-    parser.add_argument("--video-autoencoder-steps", type=int, default=7_000)
+    parser.add_argument("--video-autoencoder-steps", type=int, default=12_000)
     parser.add_argument("--video-transformer-steps", type=int, default=3_000)
     parser.add_argument("--clip-judge-steps", type=int, default=1_500)
     parser.add_argument("--seed", type=int, default=0)
