@@ -7,19 +7,14 @@ Shapes: B clips, L positions, d width; frames uint8 [F, H, W, 3].
 
 from __future__ import annotations
 
-import json
-import logging
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
-from memory import Memory
 from methods import add_lora
-from quiet import Others
+from timed import Sample, Step, Stopwatch, main, measure_model, time_steps
 from torch import Tensor
 from wan_models import TRIGGER
 
@@ -38,7 +33,6 @@ from engram_vision.training.preparation import Prepared, prepare, read_data
 from engram_vision.training.state import load_state
 from engram_vision.training.trainer import STATE
 
-Step = Callable[[], object]
 Draw = Callable[[], tuple[Tensor, FrozenTexts]]
 """Draws a batch: latents on the device, and the captions as the text encoder reads them."""
 
@@ -112,106 +106,26 @@ class Task:
         )
 
 
-@dataclass(slots=True, kw_only=True)
-class Sample:
-    """What was measured.
-
-    Attributes:
-        seconds: of each timed step.
-        step_peak: most memory during the steps, in bytes.
-        peak: most memory of the process.
-        learned: how many values are learned.
-        others: processors that other programs kept busy during the steps.
-    """
-
-    seconds: Sequence[float] = ()
-    step_peak: int = 0
-    peak: int = 0
-    learned: int = 0
-    others: float = 0.0
-
-
-class Stopwatch(Watcher):
-    """Times the trainer's steps: all that happens from the end of one to the end of the next."""
-
-    def __init__(self, device: str) -> None:
-        self.seconds: list[float] = []
-        self.memory, self.others = Memory(device), Others()
-        self.peak_before = 0
-        self._device, self._last = device, 0.0
-
-    def begin(self, title: str, total: int | None = None, done: int = 0) -> None:  # noqa: ARG002
-        """Start with the first step."""
-        if title == "training":
-            self.peak_before = self.memory.peak()
-            self.memory.forget()
-            self.others.restart()
-            self._last = perf_counter()
-
-    def advance(self, done: int, figures: Mapping[str, float] | None = None) -> None:  # noqa: ARG002
-        """Note when a step ended; earlier work, which also reports here, is dropped."""
-        if self._last:
-            wait(self._device)
-            now = perf_counter()
-            self.seconds.append(now - self._last)
-            self._last = now
-
-
-def wait(device: str) -> None:
-    """Wait until a device has done its work."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def measure(task: Task) -> Sample:
+def measure(values: Mapping[str, Any]) -> Sample:
     """Do the steps of one way."""
+    task = Task(**values)
     torch.manual_seed(0)
     if task.kind == "model":
-        return measure_model(task)
+        return measure_model(task.load, list(FAMILY.modules()), task.device)
     if task.kind == "engram" and task.cached:
         return measure_trainer(task)
-    sample, memory = Sample(), Memory(task.device)
-    step = build_step(task, sample)
-    sample.peak = memory.peak()
-    memory.forget()
-    seconds, others = [], Others()
-    for _ in range(task.warm_up + task.steps):
-        start = perf_counter()
-        step()
-        wait(task.device)
-        seconds.append(perf_counter() - start)
-    sample.seconds, sample.others = seconds[task.warm_up :], others.share()
-    sample.step_peak = memory.peak()
-    sample.peak = max(sample.peak, sample.step_peak)
-    return sample
+    return time_steps(lambda sample: build_step(task, sample), task.device, warm_up=task.warm_up, steps=task.steps)
 
 
 def measure_trainer(task: Task) -> Sample:
     """Do the steps of the project's own trainer."""
     watch = Stopwatch(task.device)
     report = train(task.settings, watcher=watch)
-    others = watch.others.share()
-    step_peak = watch.memory.peak()
+    sample = watch.sample(slice(task.warm_up, -1))  # the last one also writes the adapter
     # Of the file, an adapter of so few steps would lack the entries that no caption showed yet.
     _, groups = load_state(report.run_dir / STATE)
-    return Sample(
-        seconds=watch.seconds[task.warm_up : -1],  # the last one also writes the adapter
-        step_peak=step_peak,
-        peak=max(watch.peak_before, step_peak),
-        learned=sum(value.numel() for value in groups["model"].values()),
-        others=others,
-    )
-
-
-def measure_model(task: Task) -> Sample:
-    """Only load the model."""
-    memory = Memory(task.device)
-    pipeline = task.load()
-    for name in FAMILY.modules():
-        if getattr(pipeline, name) is not None:
-            for parameter in getattr(pipeline, name).parameters():
-                parameter.detach().sum()  # weights of a file come into memory when they are first read
-    return Sample(step_peak=memory.now(), peak=memory.peak())
+    sample.learned = sum(value.numel() for value in groups["model"].values())
+    return sample
 
 
 def build_step(task: Task, sample: Sample) -> Step:
@@ -294,7 +208,4 @@ def draw_anew(prepared: Prepared, settings: Wan22TrainSettings, items: Sequence[
 
 
 if __name__ == "__main__":
-    logging.disable(logging.WARNING)
-    found = measure(Task(**json.loads(sys.argv[1])))
-    values = {name: getattr(found, name) for name in Sample.__dataclass_fields__}
-    print(json.dumps(values | {"threads": torch.get_num_threads()}))
+    main(measure)

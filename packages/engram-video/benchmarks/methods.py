@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from timed import count_values
 from torch import Tensor
 
-from engram_core import Watcher, open_adapter
+from engram_core import Watcher
 from engram_core.settings import Layer, dump_settings, resolve_settings
 from engram_core.training.schedule import rate_factor
 from engram_video.families import WAN22 as FAMILY
@@ -115,12 +115,6 @@ def learn_engram(task: Task, changes: Mapping[str, Any]) -> int:
     """Train with the project's own trainer; what a stopped run left is begun anew."""
     report = train(task.settings(changes), overwrite=True)
     return count_values(report.output)
-
-
-def count_values(file: Path) -> int:
-    """Return how many values an adapter has learned; entries that share a vector count once."""
-    tables = open_adapter(file).streams.values()
-    return sum(len(np.unique(table.vectors, axis=0)) * table.vectors.shape[1] + table.scales.size for table in tables)
 
 
 def open_engram(task: Task) -> Any:

@@ -7,24 +7,19 @@ Shapes: B samples, V pictures, L positions, d width.
 
 from __future__ import annotations
 
-import json
-import logging
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import numpy as np
 import torch
 from checkpoints import TRIGGER
-from memory import Memory
-from quiet import Others
+from timed import Sample, Step, Stopwatch, count_values, main, measure_model, time_steps
 from torch import Tensor
 
-from engram_core import Watcher, open_adapter
+from engram_core import Watcher
 from engram_vision.backbone import ImageBackbone
 from engram_vision.conditions import Conditioner
 from engram_vision.dataset import CaptionedImage
@@ -44,8 +39,6 @@ from engram_vision.training.trainer import train
 WORD = "<concept>"  # textual inversion's new word
 RANK = 4
 BACKBONES: Mapping[str, ImageBackbone] = {each.name: each for each in (SD15, SD35)}
-
-Step = Callable[[], object]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,56 +99,6 @@ class Task:
             precision=self.precision,  # type: ignore[arg-type]
             device=torch.device(self.device),
         )
-
-
-@dataclass(slots=True, kw_only=True)
-class Sample:
-    """What was measured.
-
-    Attributes:
-        seconds: of each timed step.
-        step_peak: most memory during the steps, in bytes.
-        peak: most memory of the process.
-        learned: how many numbers are learned and kept.
-        optimised: how many numbers the optimizer changes.
-        others: processors that other programs kept busy during the steps.
-    """
-
-    seconds: Sequence[float] = ()
-    step_peak: int = 0
-    peak: int = 0
-    learned: int = 0
-    optimised: int = 0
-    others: float = 0.0
-
-
-class Stopwatch(Watcher):
-    """Times the trainer's steps: all that happens from the end of one to the end of the next."""
-
-    def __init__(self, device: str) -> None:
-        self.seconds: list[float] = []
-        self.memory = Memory(device)
-        self.peak_before = 0
-        self.others = Others()
-        self._device = device
-        self._last = 0.0
-
-    def begin(self, title: str, total: int | None = None, done: int = 0) -> None:  # noqa: ARG002
-        """Start with the first step."""
-        if title == "training":
-            self.peak_before = self.memory.peak()
-            self.memory.forget()
-            self.others.restart()
-            self._last = perf_counter()
-
-    def advance(self, done: int, figures: Mapping[str, float] | None = None) -> None:  # noqa: ARG002
-        """Note when a step ended; earlier work, which also reports here, is dropped."""
-        if self._last:
-            if self._device == "cuda":
-                torch.cuda.synchronize()
-            now = perf_counter()
-            self.seconds.append(now - self._last)
-            self._last = now
 
 
 class Samples:
@@ -345,62 +288,25 @@ WAYS: Mapping[str, Callable[[Task, Sample], Step]] = {
 }
 
 
-def measure(task: Task) -> Sample:
+def measure(values: Mapping[str, Any]) -> Sample:
     """Do the steps of one way."""
+    task = Task(**values)
     torch.manual_seed(0)
     if task.way == "model":
-        return measure_model(task)
+        return measure_model(task.load, list(task.family.modules()), task.device)
     if task.way == "engram":
         return measure_trainer(task)
-    sample, memory = Sample(), Memory(task.device)
-    step = WAYS[task.way](task, sample)
-    sample.peak = memory.peak()
-    memory.forget()
-    seconds, others = [], Others()
-    for _ in range(task.warm_up + task.steps):
-        start = perf_counter()
-        step()
-        if task.device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(perf_counter() - start)
-    sample.seconds, sample.others = seconds[task.warm_up :], others.share()
-    sample.step_peak = memory.peak()
-    sample.peak = max(sample.peak, sample.step_peak)
-    return sample
+    return time_steps(lambda sample: WAYS[task.way](task, sample), task.device, warm_up=task.warm_up, steps=task.steps)
 
 
 def measure_trainer(task: Task) -> Sample:
     """Do the steps of the project's own trainer."""
     watch = Stopwatch(task.device)
     report = train(task.settings, watcher=watch)
-    others = watch.others.share()
-    tables = open_adapter(report.output).streams.values()
-    learned = sum(
-        len(np.unique(table.vectors, axis=0)) * table.vectors.shape[1] + table.scales.size for table in tables
-    )
-    step_peak = watch.memory.peak()
-    return Sample(
-        seconds=watch.seconds[task.warm_up :],
-        step_peak=step_peak,
-        peak=max(watch.peak_before, step_peak),
-        learned=learned,
-        optimised=learned,
-        others=others,
-    )
-
-
-def measure_model(task: Task) -> Sample:
-    """Only load the model."""
-    memory = Memory(task.device)
-    pipeline = task.load()
-    for name in task.family.modules():
-        for parameter in getattr(pipeline, name).parameters():
-            parameter.detach().sum()  # weights of a file come into memory when they are first read
-    return Sample(step_peak=memory.now(), peak=memory.peak())
+    sample = watch.sample(slice(task.warm_up, None))
+    sample.learned = sample.optimised = count_values(report.output)
+    return sample
 
 
 if __name__ == "__main__":
-    logging.disable(logging.WARNING)
-    found = measure(Task(**json.loads(sys.argv[1])))
-    values = {name: getattr(found, name) for name in Sample.__dataclass_fields__}
-    print(json.dumps(values | {"threads": torch.get_num_threads()}))
+    main(measure)

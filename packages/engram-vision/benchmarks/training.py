@@ -7,22 +7,18 @@ Run through `run.py`. Each measurement is a fresh process (`steps.py`); the ways
 
 from __future__ import annotations
 
-import json
-import statistics
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from checkpoints import write_pictures
 from children import run_script
-from measure import Outcome, Spread, Table
-from quiet import LIMIT, wait_for_quiet
+from measure import Outcome, Table
+from ways import MIB, Ways, take_turns, tell_disturbed
 
 HERE = Path(__file__).parent
-OURS = "engram"
+OURS, MODEL = "engram", "model"
 CACHES = (OURS, "engram, nothing cached")
 WAYS = (
     *CACHES,
@@ -31,10 +27,6 @@ WAYS = (
     "LoRA",
     "LoRA, latents and texts cached",
 )
-MIB = 1 << 20
-REPEATS = 10  # of a measurement that others disturbed
-
-Sample = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,13 +94,10 @@ def run(*, quick: bool, device: str) -> Outcome:
             if size.model != "tiny" and size.backbone not in models:
                 models[size.backbone] = _write_model(folder, size.backbone)
             model = "tiny" if size.model == "tiny" else models[size.backbone]
-            samples = _measure(folder, model, size, device, quick=quick)
-            threads = samples["model"][0]["threads"]
-            tables.append(_table(size, samples, "GPU" if device == "cuda" else f"{threads} threads"))
-            figures[size.name] = _figures(samples)
-            disturbed = sum(sample["others"] > LIMIT for found in samples.values() for sample in found)
-            if disturbed:
-                notes.append(f"{size.name}: other programs computed during {disturbed} of the measurements.")
+            ways = _measure(folder, model, size, device, quick=quick)
+            tables.append(_table(size, ways, "GPU" if device == "cuda" else f"{ways.threads} threads"))
+            figures[size.name] = ways.figures(("learned", "optimised"))
+            notes += tell_disturbed(size.name, ways)
     return Outcome(tables=tables, notes=notes, figures=figures)
 
 
@@ -120,99 +109,47 @@ def _write_model(folder: Path, backbone: str) -> str:
     return str(target / "model")
 
 
-def _measure(folder: Path, model: str, size: Size, device: str, *, quick: bool) -> dict[str, list[Sample]]:
-    """Return the samples of all ways, one process each in turn."""
-    rounds, steps, repeats = (1, 3, 0) if quick else (size.rounds, size.steps, REPEATS)
+def _measure(folder: Path, model: str, size: Size, device: str, *, quick: bool) -> Ways:
+    """Return the samples of all ways."""
+    rounds, steps = (1, 3) if quick else (size.rounds, size.steps)
     data = folder / f"pictures-{size.resolution}"
     if not data.exists():
         write_pictures(data, size.resolution)
-    samples: dict[str, list[Sample]] = {}
-    for number in range(rounds):
-        for way in ("model", *size.ways) if number == 0 else size.ways:
-            print(f"{size.name}, round {number + 1} of {rounds}: {way} ...", file=sys.stderr, flush=True)
-            task = {
-                "way": way,
-                "backbone": size.backbone,
-                "model": model,
-                "data": str(data),
-                "resolution": size.resolution,
-                "batch_size": size.batch_size,
-                "precision": size.precision,
-                "device": device,
-                "warm_up": size.warm_up,
-                "steps": steps,
-            }
-            samples.setdefault(way, []).append(_run_undisturbed(folder, task, repeats=repeats))
-    return samples
+    common = {
+        "backbone": size.backbone,
+        "model": model,
+        "data": str(data),
+        "resolution": size.resolution,
+        "batch_size": size.batch_size,
+        "precision": size.precision,
+        "device": device,
+        "warm_up": size.warm_up,
+        "steps": steps,
+    }
+    turns = [
+        {way: {"way": way, **common} for way in ((MODEL, *size.ways) if number == 0 else size.ways)}
+        for number in range(rounds)
+    ]
+    samples = take_turns(HERE / "steps.py", folder, size.name, turns, repeat=not quick)
+    return Ways(ours=OURS, model=MODEL, samples=samples)
 
 
-def _run_undisturbed(folder: Path, task: Mapping[str, Any], *, repeats: int) -> Sample:
-    """Return a sample; does it again while other programs computed meanwhile."""
-    for _ in range(repeats):
-        wait_for_quiet()
-        sample = _run_child(folder, task)
-        if sample["others"] <= LIMIT:
-            return sample
-    return _run_child(folder, task)
-
-
-def _run_child(folder: Path, task: Mapping[str, Any]) -> Sample:
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        printed = run_script(HERE / "steps.py", json.dumps({**task, "scratch": scratch}))
-    sample: Sample = json.loads(printed.splitlines()[-1])
-    return sample
-
-
-def _table(size: Size, samples: Mapping[str, Sequence[Sample]], threads: str) -> Table:
-    model = samples["model"][0]["step_peak"]
+def _table(size: Size, ways: Ways, where: str) -> Table:
+    model = ways.model_bytes
     rows = [("(the model alone)", "", "", f"{model / MIB:,.0f} MiB", "", "", "")]
-    for way in size.ways:
-        found = samples[way]
-        spread = _spread(found)
-        ratio = "" if way == OURS else f"{_ratio(found, samples[OURS]):.2f} times"
-        peak, step_peak = (max(sample[name] for sample in found) for name in ("peak", "step_peak"))
-        rows.append(
-            (
-                way,
-                spread.show("s" if spread.median > 1 else "ms"),
-                ratio,
-                f"{peak / MIB:,.0f} MiB",
-                f"{(step_peak - model) / MIB:+,.0f} MiB",
-                f"{found[0]['learned']:,}",
-                f"{found[0]['optimised']:,}",
-            )
+    rows += [
+        (
+            way,
+            *ways.cells(way),
+            f"{ways.peak(way) / MIB:,.0f} MiB",
+            f"{(ways.peak(way, 'step_peak') - model) / MIB:+,.0f} MiB",
+            f"{ways.samples[way][0]['learned']:,}",
+            f"{ways.samples[way][0]['optimised']:,}",
         )
+        for way in size.ways
+    ]
     return Table(
-        title=f"{size.name}, {threads}; one step, median (10th to 90th percentile)",
+        title=f"{size.name}, {where}; one step, median (10th to 90th percentile)",
         columns=("", "step", "beside engram", "peak memory", "steps against the model alone", "learned", "optimised"),
         rows=rows,
     )
-
-
-def _spread(samples: Sequence[Sample]) -> Spread:
-    return Spread.of([seconds for sample in samples for seconds in sample["seconds"]])
-
-
-def _ratio(samples: Sequence[Sample], ours: Sequence[Sample]) -> float:
-    """Return the median over the rounds of one way's median step in relation to ours of the same round."""
-    pairs = zip(samples, ours, strict=True)
-    return statistics.median(
-        statistics.median(theirs["seconds"]) / statistics.median(own["seconds"]) for theirs, own in pairs
-    )
-
-
-def _figures(samples: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
-    model = samples["model"][0]
-    figures: dict[str, Any] = {"threads": model["threads"], "model_bytes": model["step_peak"]}
-    for way, found in samples.items():
-        if way == "model":
-            continue
-        figures[way] = {
-            "median_s": _spread(found).median,
-            "ratio": _ratio(found, samples[OURS]),
-            "peak_bytes": max(sample["peak"] for sample in found),
-            "step_peak_bytes": max(sample["step_peak"] for sample in found),
-            "learned": found[0]["learned"],
-            "optimised": found[0]["optimised"],
-        }
-    return figures
