@@ -15,7 +15,7 @@ from transformers import T5Tokenizer
 
 from recipes.small_world.clip_judge import train_clip_judge
 from recipes.small_world.clip_sheet import save_clip_sheet
-from recipes.small_world.motion import LENGTHS, draw_clips, pick_frames, plan_clip
+from recipes.small_world.motion import FRAMES, draw_clips, pick_frames, plan_clip
 from recipes.small_world.unigram import train_unigram, vary_case
 from recipes.small_world.video_autoencoder import (
     draw_films,
@@ -41,6 +41,9 @@ FILMS = 3_000
 MEASURED = 256
 """Clips that tell mean and deviation of the latents."""
 
+STILLS = (0, 5, 11, 16)
+"""Frames of a clip that are shown alone, each of as many clips."""
+
 _PART = 1_000
 _AT_ONCE = 64
 
@@ -53,7 +56,7 @@ def make_wan22(
     Args:
         work: folder for states, latents and previews.
         out: folder that ships.
-        clips: of each length, for the transformer.
+        clips: of 9 frames, for the transformer; half as many of 17, and four times as many stills.
         autoencoder_steps: of the autoencoder.
         transformer_steps: of text encoder and transformer together.
         seed: of everything random.
@@ -62,12 +65,18 @@ def make_wan22(
     films = draw_films(seed, FILMS, work / "films.npy")
     autoencoder = train_video_autoencoder(films, work, steps=autoencoder_steps, seed=seed, report=report)
     measure_latents(autoencoder, films[:MEASURED])
-    tokenizer = train_unigram(_write_captions(seed, range(2 * clips), vary=True), work / "tokenizer_22")
+    shown = [([frame], clips) for frame in STILLS] + [(pick_frames(9), clips), (pick_frames(FRAMES), clips // 2)]
+    total = sum(count for _, count in shown)
+    tokenizer = train_unigram(_write_captions(seed, range(total), vary=True), work / "tokenizer_22")
     tokenizer.model_max_length = MAX_LENGTH
-    lessons = [
-        _prepare_lessons(autoencoder, tokenizer, seed, range(first, first + clips), frames, work / "lessons22", report)
-        for first, frames in zip((0, clips), LENGTHS, strict=True)
-    ]
+    parts: dict[int, list[VideoLessons]] = {}
+    first = 0
+    for frames, count in shown:
+        indices = range(first, first + count)
+        part = _prepare_lessons(autoencoder, tokenizer, seed, indices, frames, work / "lessons22", report)
+        parts.setdefault(part.latents.shape[2], []).append(part)
+        first += count
+    lessons = {length: VideoLessons.join(each) for length, each in parts.items()}
     torch.manual_seed(seed)
     models = build_video_models(tokenizer)
 
@@ -120,7 +129,7 @@ def _prepare_lessons(
     tokenizer: T5Tokenizer,
     seed: int,
     indices: Sequence[int],
-    frames: int,
+    frames: Sequence[int],
     folder: Path,
     report: Report,
 ) -> VideoLessons:
@@ -129,20 +138,22 @@ def _prepare_lessons(
     parts = []
     for first in range(0, len(indices), _PART):
         part = indices[first : first + _PART]
-        path = folder / f"{frames}-{part[0]:06d}-{len(part)}.safetensors"
+        path = folder / f"{len(frames)}-{part[0]:06d}-{len(part)}.safetensors"
         if not path.exists():
             partial = path.with_suffix(".partial")
             save_file(_encode_world(autoencoder, seed, part, frames), partial)
             partial.replace(path)
-            report(f"latents of {first + len(part)} of {len(indices)} clips of {frames} frames")
+            report(f"latents of {first + len(part)} of {len(indices)} clips of {len(frames)} frames")
         parts.append(load_file(path))
     latents, shown = (torch.cat([part[name] for part in parts]) for name in ("latents", "shown"))
     ids = tokenize_captions(tokenizer, _write_captions(seed, indices), seed)
     return VideoLessons(latents=latents, shown=shown, ids=ids)
 
 
-def _encode_world(autoencoder: AutoencoderKLWan, seed: int, indices: Sequence[int], frames: int) -> dict[str, Tensor]:
-    drawn = draw_clips(seed, indices, pick_frames(frames))
+def _encode_world(
+    autoencoder: AutoencoderKLWan, seed: int, indices: Sequence[int], frames: Sequence[int]
+) -> dict[str, Tensor]:
+    drawn = draw_clips(seed, indices, frames)
     latents, shown = [], []
     while clips := list(islice(drawn, _AT_ONCE)):
         pictures = torch.stack([torch.from_numpy(clip.frames) for clip in clips]).numpy()

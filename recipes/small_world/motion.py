@@ -23,9 +23,6 @@ from recipes.small_world.world import SIZE, Box, Rng, Subject, describe, is_held
 FRAMES, RATE = 17, 8
 """Frames of a clip, and frames a second."""
 
-LENGTHS = (9, 17)
-"""Numbers of frames that the checkpoint learns: sampled evenly from a clip, and all."""
-
 # Where subjects stand, as in still pictures; in pixels of the canvas: (left, size) for one and for two.
 _PLACES = (((20, 88),), ((1, 62), (65, 62)))
 _GROUND, _JITTER = 122, 2

@@ -21,19 +21,22 @@ from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 from recipes.small_world.denoiser import EMPTY_CAPTIONS, SUBJECT_WEIGHT
 from recipes.small_world.motion import Clip
 from recipes.small_world.unigram import vary_case
-from recipes.small_world.video_autoencoder import CHANNELS, LATENT_FRAMES
+from recipes.small_world.video_autoencoder import CHANNELS, LATENT_FRAMES, SPATIAL
 from recipes.small_world.world import SIZE
 from recipes.training import Report, Weights, fit
 
 MAX_LENGTH = 64
 """Tokens of a prompt: the longest captions of two subjects and their motion have 50."""
 
-BATCHES: Mapping[int, int] = {5: 40, 9: 22}
-"""Latent frames to clips of a step, so that steps cost the same; the two lengths take turns."""
+BATCHES: Mapping[int, int] = {1: 48, 5: 10, 9: 6}
+"""Latent frames to samples of a step, so that steps cost the same."""
+
+# Of the steps, the share that sees single frames, which cost little: looks are learned first. Then lengths take turns.
+_STILLS, _LENGTHS = 0.6, (5, 9, 5, 1)
 
 PEAK_RATE = 1.2e-3
 WITH_PICTURE = 0.5
-"""Share of the samples whose first frame is given."""
+"""Share of the clips whose first frame is given."""
 
 SHIFT = 2.0
 """How far times lean towards noise, in training and in sampling.
@@ -44,6 +47,7 @@ the tiny pictures, is too little.
 """
 
 WIDTH, HEADS, BLOCKS = 192, 6, 6
+_PATCH = 2  # the real pipelines count tokens so
 _TIMES = 1000
 # The real pipelines pad every prompt with zeros to 512 states. Some steps do so too, so that it does not matter how
 # many there are; the others are cheaper.
@@ -76,14 +80,19 @@ class VideoLessons:
     """Clips of one length, ready for the transformer.
 
     Attributes:
-        latents: float16 [N, 32, T, 8, 8], shifted and scaled as the pipelines do.
-        shown: bool [N, T, 8, 8], where subjects are.
+        latents: float16 [N, 8, T, 16, 16], shifted and scaled as the pipelines do.
+        shown: bool [N, T, 16, 16], where subjects are.
         ids: int64 [N, 64], the captions' tokens, padded.
     """
 
     latents: Tensor
     shown: Tensor
     ids: Tensor
+
+    @classmethod
+    def join(cls, parts: Sequence[VideoLessons]) -> VideoLessons:
+        """Return the lessons of several parts as one."""
+        return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in ("latents", "shown", "ids")})
 
 
 def build_video_models(tokenizer: T5Tokenizer) -> VideoModels:
@@ -102,7 +111,7 @@ def build_video_models(tokenizer: T5Tokenizer) -> VideoModels:
         )
     )
     transformer = WanTransformer3DModel(
-        patch_size=(1, 2, 2),
+        patch_size=(1, _PATCH, _PATCH),
         num_attention_heads=HEADS,
         attention_head_dim=WIDTH // HEADS,
         in_channels=CHANNELS,
@@ -126,16 +135,18 @@ def build_video_flow() -> UniPCMultistepScheduler:
 
 
 def mark_subjects(clips: Sequence[Clip]) -> Tensor:
-    """Return where subjects are in the latents of clips, bool [N, T, 8, 8].
+    """Return where subjects are in the latents of clips, bool [N, T, 16, 16].
 
     A latent frame stands for two frames, the first for one; a place counts when a subject is there in any of them.
     """
-    side = SIZE // 8
+    side = SIZE // SPATIAL
     marks: npt.NDArray[np.bool_] = np.zeros((len(clips), _latent(len(clips[0].frames) - 1) + 1, side, side), np.bool_)
     for mark, clip in zip(marks, clips, strict=True):
         for frame, boxes in enumerate(clip.boxes):
             for left, top, right, bottom in boxes:
-                mark[_latent(frame), top // 8 : -(-bottom // 8), left // 8 : -(-right // 8)] = True
+                rows = slice(top // SPATIAL, -(-bottom // SPATIAL))
+                columns = slice(left // SPATIAL, -(-right // SPATIAL))
+                mark[_latent(frame), rows, columns] = True
     return torch.from_numpy(marks)
 
 
@@ -155,7 +166,7 @@ def tokenize_captions(tokenizer: T5Tokenizer, captions: Sequence[str], seed: int
 
 def train_video_transformer(
     models: VideoModels,
-    lessons: Sequence[VideoLessons],
+    lessons: Mapping[int, VideoLessons],
     tokenizer: T5Tokenizer,
     folder: Path,
     *,
@@ -168,7 +179,7 @@ def train_video_transformer(
 
     Args:
         models: what to train.
-        lessons: for each length in turn.
+        lessons: by the number of latent frames, those of `BATCHES`.
         tokenizer: of the captions.
         folder: for the state.
         steps: in all.
@@ -180,12 +191,12 @@ def train_video_transformer(
 
     def loss_of(step: int) -> Tensor:
         rng = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        lesson = lessons[step % len(lessons)]
-        count = BATCHES[lesson.latents.shape[2]]
+        frames = 1 if step < _STILLS * steps else _LENGTHS[step % len(_LENGTHS)]
+        lesson, count = lessons[frames], BATCHES[frames]
         rows = torch.randint(len(lesson.latents), (count,), generator=rng)
         latents = lesson.latents[rows].float()
         ids = torch.where(torch.rand(count, 1, generator=rng) < EMPTY_CAPTIONS, empty, lesson.ids[rows])
-        given = torch.rand(count, generator=rng) < WITH_PICTURE
+        given = torch.rand(count, generator=rng) < (WITH_PICTURE if frames > 1 else 0)
         noise = torch.randn(latents.shape, generator=rng)
         times = draw_times(count, rng)
         noisy = torch.lerp(latents, noise, times[:, None, None, None, None])
@@ -243,16 +254,16 @@ def encode_captions(text: UMT5EncoderModel, ids: Tensor, length: int) -> Tensor:
 def guess_motion(
     transformer: WanTransformer3DModel, noisy: Tensor, times: Tensor, given: Tensor, states: Tensor
 ) -> Tensor:
-    """Return the velocity [B, 32, T, 8, 8].
+    """Return the velocity [B, 8, T, 16, 16].
 
     Args:
         transformer: which guesses.
-        noisy: latents [B, 32, T, 8, 8]; where the first frame is given, it is clean.
+        noisy: latents [B, 8, T, 16, 16]; where the first frame is given, it is clean.
         times: share of noise [B].
         given: whether the first frame is given [B].
         states: of the captions [B, L, 192].
     """
-    frames, tokens = noisy.shape[2], noisy.shape[3] * noisy.shape[4] // 4
+    frames, tokens = noisy.shape[2], noisy.shape[3] * noisy.shape[4] // _PATCH**2
     every = (times * _TIMES)[:, None].repeat(1, frames)
     every[given, 0] = 0
     guess: Tensor = transformer(

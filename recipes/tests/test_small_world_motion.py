@@ -23,7 +23,6 @@ from recipes.small_world.clip_evaluation import Request, draw_requests, score_cl
 from recipes.small_world.clip_sheet import film
 from recipes.small_world.motion import (
     FRAMES,
-    LENGTHS,
     Clip,
     Plan,
     draw_clip,
@@ -62,7 +61,7 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture
 def small(monkeypatch):
     """Batches and clips of a size for tests."""
-    monkeypatch.setattr(video_transformer, "BATCHES", {5: 4, 9: 2})
+    monkeypatch.setattr(video_transformer, "BATCHES", {1: 4, 5: 4, 9: 2})
     monkeypatch.setattr(video_autoencoder, "_SHAPES", ((5, 1), (1, 2), (9, 1)))
     monkeypatch.setattr(video_autoencoder, "_FRAMES_AT_ONCE", 2)
 
@@ -121,7 +120,6 @@ def test_motions_go_where_their_names_say():
 def test_shorter_clips_are_spread_evenly():
     assert pick_frames(9) == list(range(0, FRAMES, 2))
     assert pick_frames(FRAMES) == list(range(FRAMES))
-    assert all((count - 1) % 4 == 0 for count in LENGTHS)
 
 
 def test_captions_name_the_motion_behind_the_last_subject():
@@ -133,10 +131,10 @@ def test_captions_name_the_motion_behind_the_last_subject():
 def test_marks_cover_the_frames_that_a_latent_frame_stands_for():
     clip = act("right")
     marks = video_transformer.mark_subjects([clip])
-    assert marks.shape == (1, 9, 8, 8)
+    assert marks.shape == (1, 9, 16, 16)
     left, top, right, bottom = clip.boxes[0][0]
-    first = torch.zeros(8, 8, dtype=torch.bool)
-    first[top // 8 : -(-bottom // 8), left // 8 : -(-right // 8)] = True
+    first = torch.zeros(16, 16, dtype=torch.bool)
+    first[top // 4 : -(-bottom // 4), left // 4 : -(-right // 4)] = True
     assert torch.equal(marks[0, 0], first)
     assert marks[0, -1, :, -1].any()
     assert not marks[0, 0, :, -1].any()
@@ -147,7 +145,7 @@ def test_the_autoencoder_reads_a_frame_and_then_four_at_a_time():
     model = video_autoencoder.build_video_autoencoder().eval()
     clips = act("jump").frames[None]
     latents = video_autoencoder.encode_clips(model, clips)
-    assert latents.shape == (1, video_autoencoder.CHANNELS, 9, 8, 8)
+    assert latents.shape == (1, video_autoencoder.CHANNELS, 9, 16, 16)
     for frames in (1, 5, 9):
         part = video_autoencoder.encode_clips(model, clips[:, :frames])
         torch.testing.assert_close(part, latents[:, :, : (frames + 1) // 2], atol=1e-4, rtol=1e-3)
@@ -204,21 +202,21 @@ def test_captions_too_long_for_the_checkpoint_are_refused(tokenizer):
 def test_the_transformer_learns_and_goes_on_where_it_stopped(tmp_path, tokenizer, small):
     draws = torch.Generator().manual_seed(0)
     captions = [plan_clip(0, index).caption for index in range(8)]
-    lessons = [
-        video_transformer.VideoLessons(
-            latents=torch.randn(8, 32, frames, 8, 8, generator=draws).half(),
-            shown=torch.rand(8, frames, 8, 8, generator=draws) < 0.3,
+    lessons = {
+        frames: video_transformer.VideoLessons(
+            latents=torch.randn(8, 8, frames, 16, 16, generator=draws).half(),
+            shown=torch.rand(8, frames, 16, 16, generator=draws) < 0.3,
             ids=video_transformer.tokenize_captions(tokenizer, captions, 0),
         )
-        for frames in (5, 9)
-    ]
+        for frames in video_transformer.BATCHES
+    }
     lines = []
 
     def learn():
         torch.manual_seed(0)
         models = video_transformer.build_video_models(tokenizer)
         return video_transformer.train_video_transformer(
-            models, lessons, tokenizer, tmp_path / "run", steps=2, seed=0, report=lines.append
+            models, lessons, tokenizer, tmp_path / "run", steps=3, seed=0, report=lines.append
         )
 
     models, again = learn(), learn()
@@ -280,7 +278,7 @@ def test_what_the_transformer_learns_from_is_what_the_pipelines_give_it(saved, m
             monkeypatch.undo()
             torch.testing.assert_close(learned["encoder_hidden_states"], first["encoder_hidden_states"])
             torch.testing.assert_close(learned["timestep"], first["timestep"].float(), atol=1e-3, rtol=0)
-            assert (first["timestep"][0, :16] == 0).all() == given
+            assert (first["timestep"][0, :64] == 0).all() == given
 
 
 def test_a_saved_checkpoint_is_for_text_and_for_pictures(saved):
