@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--judge-steps", type=int, default=1_000)
     parser.add_argument("--clips", type=int, default=6_000, help="of 9 frames")
     parser.add_argument("--video-autoencoder-steps", type=int, default=10_000)
-    parser.add_argument("--video-transformer-steps", type=int, default=5_000)
+    parser.add_argument("--video-transformer-steps", type=int, default=4_500)
     parser.add_argument("--clip-judge-steps", type=int, default=1_500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

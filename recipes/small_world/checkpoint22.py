@@ -15,7 +15,7 @@ from transformers import T5Tokenizer
 
 from recipes.small_world.clip_judge import train_clip_judge
 from recipes.small_world.clip_sheet import save_clip_sheet
-from recipes.small_world.motion import FRAMES, draw_clips, pick_frames, plan_clip
+from recipes.small_world.motion import FRAMES, SHORT, draw_clips, pick_frames, plan_clip
 from recipes.small_world.unigram import train_unigram, vary_case
 from recipes.small_world.video_autoencoder import (
     draw_films,
@@ -65,7 +65,7 @@ def make_wan22(
     films = draw_films(seed, FILMS, work / "films.npy")
     autoencoder = train_video_autoencoder(films, work, steps=autoencoder_steps, seed=seed, report=report)
     measure_latents(autoencoder, films[:MEASURED])
-    shown = [([frame], clips) for frame in STILLS] + [(pick_frames(9), clips), (pick_frames(FRAMES), clips // 2)]
+    shown = [([frame], clips) for frame in STILLS] + [(pick_frames(SHORT), clips), (pick_frames(FRAMES), clips // 2)]
     total = sum(count for _, count in shown)
     tokenizer = train_unigram(_write_captions(seed, range(total), vary=True), work / "tokenizer_22")
     tokenizer.model_max_length = MAX_LENGTH

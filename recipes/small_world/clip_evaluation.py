@@ -18,7 +18,7 @@ from engram_vision.demo.judge import Judge
 from recipes.small_world.captions import SCENE_PHRASES
 from recipes.small_world.clip_sheet import film, save_rows
 from recipes.small_world.evaluate import is_right
-from recipes.small_world.motion import FRAMES, Frames, pick_frames, render_clip
+from recipes.small_world.motion import FRAMES, SHORT, Frames, pick_frames, render_clip
 from recipes.small_world.subjects import ATTRIBUTES, EMOJI, Monster, random_monster
 from recipes.small_world.video_autoencoder import measure_psnr, redraw_clips
 from recipes.small_world.world import CHARACTERS, Subject, describe, is_held_out, render
@@ -66,8 +66,8 @@ def evaluate_clips(out: Path, work: Path, *, seed: int, count: int = 60) -> dict
         for name, requests in kinds.items()
     }
     name = "monsters, held out"
-    short = film_requests(pipeline, kinds[name], seed, work / f"{name}, 9 frames.png", frames=9)
-    figures["text to video, 9 frames"] = {name: score_clips(judge, motions, kinds[name], short)}
+    full = film_requests(pipeline, kinds[name], seed, work / f"{name}, {FRAMES} frames.png", frames=FRAMES)
+    figures[f"text to video, {FRAMES} frames"] = {name: score_clips(judge, motions, kinds[name], full)}
     figures["picture to video"] = evaluate_pictures(animator, judge, motions, work, seed=seed, count=count)
     return figures
 
@@ -91,7 +91,7 @@ def evaluate_autoencoder(model: AutoencoderKLWan, requests: Sequence[Request], s
     """Return peak signal-to-noise ratios in decibels of clips never shown, of 1, 9 and 17 frames."""
     rng = np.random.default_rng([seed, _STREAM, 2])
     clips = np.stack([render_clip((r.subject,), r.scene, r.motion, rng)[0] for r in requests])
-    parts = {"1": clips[:, :1], "9": clips[:, pick_frames(9)], "17": clips}
+    parts = {"1": clips[:, :1], "9": clips[:, pick_frames(SHORT)], "17": clips}
     return {name: round(measure_psnr(part, redraw_clips(model, part)), 2) for name, part in parts.items()}
 
 
@@ -116,7 +116,7 @@ def evaluate_judges(
 
 
 def film_requests(
-    pipeline: WanPipeline, requests: Sequence[Request], seed: int, sheet: Path, *, frames: int = FRAMES
+    pipeline: WanPipeline, requests: Sequence[Request], seed: int, sheet: Path, *, frames: int = SHORT
 ) -> Frames:
     """Return a clip for each request, uint8 [N, F, 64, 64, 3]; some of them are written to `sheet` too."""
     prompts = [request.prompt for request in requests]

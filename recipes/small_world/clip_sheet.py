@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from recipes.small_world.motion import FRAMES, Frames
+from recipes.small_world.motion import SHORT, Frames
 from recipes.small_world.video_transformer import MAX_LENGTH
 from recipes.small_world.world import SIZE
 
@@ -27,9 +27,7 @@ PREVIEWS = (
 )
 
 
-def film(
-    pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], *, frames: int = FRAMES, **options: Any
-) -> Frames:
+def film(pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], *, frames: int = SHORT, **options: Any) -> Frames:
     """Return clips of a pipeline, uint8 [N, F, 64, 64, 3].
 
     Args:

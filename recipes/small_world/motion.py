@@ -23,6 +23,9 @@ from recipes.small_world.world import SIZE, Box, Rng, Subject, describe, is_held
 FRAMES, RATE = 17, 8
 """Frames of a clip, and frames a second."""
 
+SHORT = 9
+"""Frames of a clip of which every second one is shown: what is filmed unless said otherwise."""
+
 # Where subjects stand, as in still pictures; in pixels of the canvas: (left, size) for one and for two.
 _PLACES = (((20, 88),), ((1, 62), (65, 62)))
 _GROUND, _JITTER = 122, 2

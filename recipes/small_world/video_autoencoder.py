@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanResample
 from torch import Tensor, nn
 
 from recipes.small_world.motion import FRAMES, Frames, draw_clips
@@ -26,15 +26,18 @@ SPATIAL = 4
 LATENT_FRAMES = 2
 """Frames that one latent frame stands for; the first stands for one."""
 
-PEAK_RATE = 4e-3
+STILLS = 0.7
+"""Of the steps, the share that sees single frames, which cost little: looks are learned first, motion afterwards."""
+
+STILL_RATE, CLIP_RATE = 4e-3, 2e-3
 KL_WEIGHT = 1e-4
 SQUARE_WEIGHT = 5.0
 EDGE_WEIGHT = 0.2
-# Of the steps, the share that sees single frames, and how many; then frames of a step's clips to how many of these.
-# A single frame costs little, so that looks are learned first, and motion afterwards.
-_STILLS, _FRAMES_AT_ONCE = 0.7, 8
-_SHAPES = ((17, 1), (1, 8), (9, 2), (5, 3))
+# Frames to clips of a step, in turn.
+_STILL_SHAPES, _CLIP_SHAPES = ((1, 8),), ((17, 1), (1, 8), (9, 2), (5, 3))
 _BATCH = 16
+
+Shapes = tuple[tuple[int, int], ...]
 
 
 def build_video_autoencoder() -> AutoencoderKLWan:
@@ -62,7 +65,28 @@ def build_video_autoencoder() -> AutoencoderKLWan:
     # The variance begins small; at its usual beginning the noise drowns the clip and nothing is learned.
     with torch.no_grad():
         model.quant_conv.bias[CHANNELS:] = -5.0
+    begin_frame_by_frame(model)
     return model
+
+
+@torch.no_grad()
+def begin_frame_by_frame(model: AutoencoderKLWan) -> None:
+    """Let a model treat frames by themselves: where it halves their number it takes means, and doubles those again.
+
+    What single frames taught it then holds for clips from the first step on.
+    """
+    for module in model.modules():
+        if isinstance(module, WanResample) and hasattr(module, "time_conv"):
+            kernel = module.time_conv.weight  # [C, C, 3, 1, 1], or [2 C, C, 3, 1, 1] where a frame becomes two
+            one = torch.eye(kernel.shape[1])[:, :, None, None]
+            kernel.zero_()
+            module.time_conv.bias.zero_()
+            if len(kernel) == len(one):
+                kernel[:, :, 1] = kernel[:, :, 2] = one / 2
+            else:
+                kernel[:, :, 2] = torch.cat([one, one])
+        elif isinstance(module, WanCausalConv3d) and module.kernel_size[0] > 1 and module.kernel_size[1] > 1:
+            module.weight[:, :, :-1] = 0  # of what came before
 
 
 def draw_films(seed: int, count: int, path: Path) -> Frames:
@@ -93,36 +117,51 @@ def train_video_autoencoder(films: Frames, folder: Path, *, steps: int, seed: in
     """
     torch.manual_seed(seed)
     model = build_video_autoencoder()
+    stills = round(STILLS * steps)
+    stages = (
+        ("video_autoencoder_stills", _STILL_SHAPES, stills, STILL_RATE),
+        ("video_autoencoder", _CLIP_SHAPES, steps - stills, CLIP_RATE),
+    )
+    for number, (name, shapes, count, rate) in enumerate(stages):
 
-    def loss_of(step: int) -> Tensor:
-        rng = np.random.default_rng([seed, step])
-        torch.manual_seed(seed * 1_000_003 + step)
-        shape = (1, _FRAMES_AT_ONCE) if step < _STILLS * steps else _SHAPES[step % len(_SHAPES)]
-        clips = to_video(_cut(films, *shape, rng))
-        with torch.autocast("cpu", torch.bfloat16):
-            posterior = model.encode(clips).latent_dist
-            decoded = model.decode(posterior.sample()).sample
-        error = decoded.float() - clips
-        exact = error.abs().mean() + SQUARE_WEIGHT * error.square().mean() + EDGE_WEIGHT * _edges(error)
-        loss: Tensor = exact + KL_WEIGHT * _divergence(posterior)
-        return loss
+        def loss_of(step: int, number: int = number, shapes: Shapes = shapes) -> Tensor:
+            rng = np.random.default_rng([seed, number, step])
+            torch.manual_seed((seed * len(stages) + number) * 1_000_003 + step)
+            clips = to_video(_cut(films, *shapes[step % len(shapes)], rng))
+            return measure_loss(model, clips)
 
-    with flat_convolutions():
-        weights = fit(
-            "video_autoencoder",
-            {"vae": model},
-            loss_of,
-            folder=folder,
-            steps=steps,
-            peak_rate=PEAK_RATE,
-            decay=0.998,
-            weight_decay=1e-4,
-            warm_up=100,
-            save_every=100,
-            report=report,
-        )
-    model.load_state_dict(dict(weights["vae"]))
+        with flat_convolutions():
+            weights = fit(
+                name,
+                {"vae": model},
+                loss_of,
+                folder=folder,
+                steps=count,
+                peak_rate=rate,
+                decay=0.998,
+                weight_decay=1e-4,
+                warm_up=100,
+                save_every=100,
+                report=report,
+            )
+        model.load_state_dict(dict(weights["vae"]))
     return model.eval()
+
+
+def measure_loss(model: AutoencoderKLWan, clips: Tensor) -> Tensor:
+    """Return how far clips are from themselves after a way through the autoencoder, and its latents from noise.
+
+    Args:
+        model: the autoencoder.
+        clips: float32 [N, 3, F, 64, 64] in -1..1.
+    """
+    with torch.autocast("cpu", torch.bfloat16):
+        posterior = model.encode(clips).latent_dist
+        decoded = model.decode(posterior.sample()).sample
+    error = decoded.float() - clips
+    exact = error.abs().mean() + SQUARE_WEIGHT * error.square().mean() + EDGE_WEIGHT * _edges(error)
+    loss: Tensor = exact + KL_WEIGHT * _divergence(posterior)
+    return loss
 
 
 @contextmanager

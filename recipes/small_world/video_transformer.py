@@ -28,7 +28,7 @@ from recipes.training import Report, Weights, fit
 MAX_LENGTH = 64
 """Tokens of a prompt: the longest captions of two subjects and their motion have 50."""
 
-BATCHES: Mapping[int, int] = {1: 48, 5: 10, 9: 6}
+BATCHES: Mapping[int, int] = {1: 48, 5: 10, 9: 5}
 """Latent frames to samples of a step, so that steps cost the same."""
 
 # Of the steps, the share that sees single frames, which cost little: looks are learned first. Then lengths take turns.
@@ -201,8 +201,8 @@ def train_video_transformer(
         times = draw_times(count, rng)
         noisy = torch.lerp(latents, noise, times[:, None, None, None, None])
         noisy[given, :, 0] = latents[given, :, 0]
-        length = _PADDED if step % _TURN in _PADDED_STEPS else MAX_LENGTH
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(_PLAIN if length == MAX_LENGTH else _FUSED):
+        length = _PADDED if frames > 1 and step % _TURN in _PADDED_STEPS else MAX_LENGTH
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(_FUSED if frames > 1 else _PLAIN):
             states = encode_captions(models.text, ids, length)
             guess = guess_motion(models.transformer, noisy, times, given, states)
         error = (guess.float() - (noise - latents)).square().mean(1)

@@ -62,8 +62,8 @@ def tokenizer(tmp_path_factory):
 def small(monkeypatch):
     """Batches and clips of a size for tests."""
     monkeypatch.setattr(video_transformer, "BATCHES", {1: 4, 5: 4, 9: 2})
-    monkeypatch.setattr(video_autoencoder, "_SHAPES", ((5, 1), (1, 2), (9, 1)))
-    monkeypatch.setattr(video_autoencoder, "_FRAMES_AT_ONCE", 2)
+    monkeypatch.setattr(video_autoencoder, "_STILL_SHAPES", ((1, 2),))
+    monkeypatch.setattr(video_autoencoder, "_CLIP_SHAPES", ((5, 1), (9, 1)))
 
 
 @needs_font

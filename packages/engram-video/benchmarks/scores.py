@@ -18,7 +18,7 @@ from engram_video.demo.motions import MotionJudge
 from engram_video.evaluation.warping import has_flow, measure_warping
 from engram_vision.demo.characters import DemoCharacter
 from engram_vision.demo.judge import Judge
-from engram_vision.evaluation.measures import measure_consistency, measure_identity
+from engram_vision.evaluation.measures import measure_consistency, measure_drop, measure_identity
 from engram_vision.features import Features, JudgeModel, read_references
 
 Pixels = npt.NDArray[np.uint8]
@@ -95,11 +95,10 @@ class Judges:
         likeness, drop = measure_identity("judge", features, self._references[character.name])[0]
         (consistency,) = measure_consistency("judge", features)
         warping = measure_warping(clip) if has_flow() else None
-        quarter = max(1, len(seen) // 4)
         scene, _ = Counter(self._judge.name_scenes(pictures)).most_common(1)[0]
         return Score(
             identity=float(seen.mean()),
-            identity_drop=float(seen[:quarter].mean() - seen[-quarter:].mean()),
+            identity_drop=measure_drop(seen),
             likeness=likeness.value,
             likeness_drop=drop.value,
             consistency=consistency.value,

@@ -35,6 +35,7 @@ from engram_core.errors import (
     AdapterWriteError,
     EngramError,
     TargetExistsError,
+    one_line,
     quote,
 )
 
@@ -143,7 +144,7 @@ def open_container(path: str | os.PathLike[str]) -> Container:
         with safe_open(str(file), framework="np"):
             pass
     except (SafetensorError, OSError) as error:
-        raise AdapterFormatError(f"{label}: is not a safetensors file: {_one_line(error)}") from None
+        raise AdapterFormatError(f"{label}: is not a safetensors file: {one_line(error, 300)}") from None
     return container
 
 
@@ -200,7 +201,7 @@ def _parse_header(text: bytes) -> tuple[Mapping[str, str], Mapping[str, TensorIn
     try:
         header = parse_strict(text)
     except ValueError as error:
-        raise ValueError(f"header {_one_line(error)}") from None
+        raise ValueError(f"header {one_line(error, 300)}") from None
     if not isinstance(header, dict):
         raise ValueError(f"header is {type(header).__name__}, expected an object")
     metadata = header.pop("__metadata__", {})
@@ -405,8 +406,3 @@ def _label(path: str | os.PathLike[str]) -> str:
 
 def _reason(error: BaseException) -> str:
     return error.strerror or str(error) if isinstance(error, OSError) else str(error)
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())[:300]
-    return text if text.isprintable() else repr(text)  # the safetensors library quotes from the file

@@ -23,6 +23,12 @@ def quote(value: object) -> str:
     return _SHORT.repr(value)
 
 
+def one_line(error: object, limit: int = 200) -> str:
+    """Return what a foreign error says for a message: on one line, printable, at most `limit` characters of it."""
+    text = " ".join(str(error).split())[:limit]
+    return text if text.isprintable() else repr(text)
+
+
 class EngramError(Exception):
     """Base of every error engram raises on purpose."""
 

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from engram_core.card import CARD_MARK, is_repo_id, render_card
-from engram_core.errors import InputError, quote
+from engram_core.errors import InputError, one_line, quote
 from engram_core.manifest import is_printable_name
 from engram_core.opening import open_any
 
@@ -319,7 +319,7 @@ def _explain_download(hub: Any, error: Exception, repo_id: str, filename: str, r
     if isinstance(error, utils.EntryNotFoundError):
         return InputError(f"{nowhere} it has no file {quote(filename)}{at}; {_list_files(hub, repo_id, revision)}")
     return InputError(
-        f"{nowhere} its file {quote(filename)}{at} cannot be downloaded ({_one_line(error)}); check network and disk"
+        f"{nowhere} its file {quote(filename)}{at} cannot be downloaded ({_reason(error)}); check network and disk"
     )
 
 
@@ -353,10 +353,9 @@ def _explain_push(hub: Any, error: Exception, repo_id: str, revision: str | None
     if isinstance(error, utils.RepositoryNotFoundError):
         return InputError(f"{repo_id}: does not exist, or the token may not see it; create it, or {_LOG_IN}")
     if isinstance(error, ValueError) or (status is not None and status < 500):
-        return InputError(f"{repo_id}: the hub refuses the upload ({_one_line(error)})")
-    return InputError(f"{repo_id}: the hub cannot be reached ({_one_line(error)}); check the network and try again")
+        return InputError(f"{repo_id}: the hub refuses the upload ({_reason(error)})")
+    return InputError(f"{repo_id}: the hub cannot be reached ({_reason(error)}); check the network and try again")
 
 
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())[:200]
-    return f"{type(error).__name__}: {text}" if text.isprintable() else f"{type(error).__name__}: {text!r}"
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {one_line(error)}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engram_core.errors import InputError
+from engram_core.errors import InputError, one_line
 from engram_core.tokenizer import StreamTokenizer, wrap_tokenizer
 
 __all__ = ["TokenizerSource", "load_tokenizer", "load_tokenizers", "read_tokenizer"]
@@ -98,7 +98,7 @@ def read_tokenizer(path: Path) -> Any:
         if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
             return _read_clip(path)
     except Exception as error:  # noqa: BLE001 - the library raises bare Exception
-        raise InputError(f"{file}: is not a tokenizer: {' '.join(str(error).split())[:200]}") from None
+        raise InputError(f"{file}: is not a tokenizer: {one_line(error)}") from None
     raise InputError(f"{path}: holds no tokenizer (tokenizer.json, or vocab.json and merges.txt)")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from engram_core import EvaluateReport, InputError, Measure, TargetExistsError, Watcher
 from engram_core.container import open_target, write_all
+from engram_core.errors import one_line
 from engram_llm.harness import TaskFigure, check_harness, check_tasks, run_tasks
 from engram_llm.models import load_config, load_model, load_tokenizer, pick_device
 from engram_llm.perplexity import Window, encode_document, measure_nats, plan_windows
@@ -141,7 +142,7 @@ def _load_lora(model: Any, folder: Path) -> Any:
         with quiet_libraries():
             return PeftModel.from_pretrained(model, str(folder)).eval()
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise InputError(f"{folder}: cannot be loaded as a PEFT adapter: {type(error).__name__}: {reason}") from error
 
 

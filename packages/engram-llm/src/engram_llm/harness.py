@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engram_core import InputError
+from engram_core.errors import one_line
 from engram_llm.quiet import quiet_libraries
 from engram_llm.selection import beyond_vocabulary
 
@@ -115,7 +116,7 @@ def run_tasks(
                 log_samples=False,
             )
         except Exception as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error, 300)
             raise InputError(
                 f"tasks {', '.join(tasks)}: failed in lm-evaluation-harness: {type(error).__name__}: {reason}"
             ) from error

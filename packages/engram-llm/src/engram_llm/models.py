@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from engram_core import InputError, Manifest, StreamSpec, wrap_tokenizer
+from engram_core.errors import one_line
 from engram_llm.attachment import find_decoder
 from engram_llm.quiet import quiet_libraries
 from engram_llm.settings import Device, Precision
@@ -136,7 +137,7 @@ def _load(loader: Any, model: str, **options: Any) -> Any:
         with quiet_libraries():
             return loader(place, **options)
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise InputError(
             f"{model}: cannot be loaded as a decoder language model: {type(error).__name__}: {reason}{remedy}"
         ) from error

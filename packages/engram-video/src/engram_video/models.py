@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from engram_core import InputError
+from engram_core.errors import one_line
 from engram_video.families import WAN22
 from engram_video.training.flow import two_experts
 from engram_vision.models import DTYPES, load_pipeline
@@ -68,7 +69,7 @@ def load_image_to_video(model: str, *, precision: Precision, device: torch.devic
         with quiet_libraries():
             index: Any = WanPipeline.load_config(source)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise InputError(f"{model}: cannot be loaded: {type(error).__name__}: {reason}") from error
     if index.get("expand_timesteps"):
         base = load_pipeline(WAN22, model, precision=precision)
@@ -83,7 +84,7 @@ def load_image_to_video(model: str, *, precision: Precision, device: torch.devic
                 vae = AutoencoderKLWan.from_pretrained(source, subfolder="vae", torch_dtype=torch.float32)
                 pipeline = WanImageToVideoPipeline.from_pretrained(source, vae=vae, torch_dtype=DTYPES[precision])
             except Exception as error:
-                reason = " ".join(str(error).split())[:200]
+                reason = one_line(error)
                 raise InputError(f"{model}: cannot be loaded: {type(error).__name__}: {reason}") from error
     else:
         raise InputError(

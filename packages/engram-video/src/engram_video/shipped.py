@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from engram_core import InputError
+from engram_vision.shipped import shipped_folder
 
 __all__ = ["checkpoint_folder", "judge_folder", "motion_judge_folder"]
 
@@ -17,7 +17,7 @@ def checkpoint_folder() -> Path:
     Raises:
         InputError: it is missing.
     """
-    return _existing(_ROOT / "wan22", "model_index.json")
+    return shipped_folder(_ROOT / "wan22", "model_index.json")
 
 
 def judge_folder() -> Path:
@@ -26,7 +26,7 @@ def judge_folder() -> Path:
     Raises:
         InputError: they are missing.
     """
-    return _existing(_ROOT / "judge", "config.json")
+    return shipped_folder(_ROOT / "judge", "config.json")
 
 
 def motion_judge_folder() -> Path:
@@ -35,10 +35,4 @@ def motion_judge_folder() -> Path:
     Raises:
         InputError: it is missing.
     """
-    return _existing(_ROOT / "judge" / "motion", "config.json")
-
-
-def _existing(folder: Path, file: str) -> Path:
-    if not (folder / file).is_file():
-        raise InputError(f"{folder}: {file} is missing; install its package again, or run its recipe")
-    return folder
+    return shipped_folder(_ROOT / "judge" / "motion", "config.json")

@@ -19,8 +19,9 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from engram_core import InputError, Watcher
+from engram_core.errors import one_line
 from engram_vision.caption_files import CLIP_SUFFIXES, CaptionFolder, Form
-from engram_vision.images import load_picture, show_path
+from engram_vision.images import is_animated, load_picture, show_path
 from engram_vision.models import DTYPES, pick_device
 from engram_vision.quiet import quiet_libraries
 from engram_vision.settings import Device, Precision
@@ -325,13 +326,7 @@ def _check_media(place: CaptionFolder, names: Sequence[str], watcher: Watcher) -
 
 
 def _is_clip(path: Path) -> bool:
-    if path.suffix.lower() != ".gif":
-        return path.suffix.lower() in CLIP_SUFFIXES
-    try:
-        with Image.open(path, formats=("GIF",)) as image:
-            return getattr(image, "n_frames", 1) > 1
-    except Exception:  # noqa: BLE001 - junk makes decoders raise almost anything; reading it as a picture says what
-        return False
+    return is_animated(path) if path.suffix.lower() == ".gif" else path.suffix.lower() in CLIP_SUFFIXES
 
 
 def _probe(path: Path) -> int:
@@ -365,5 +360,4 @@ def _render(processor: Any, prompt: str) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    return text if text.isprintable() else repr(text)
+    return f"{type(error).__name__}: {one_line(error, 300)}"

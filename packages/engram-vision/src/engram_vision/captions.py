@@ -17,7 +17,7 @@ from typing import Literal
 from engram_core import InputError
 from engram_core.errors import quote
 from engram_vision.caption_files import CaptionFolder, Form
-from engram_vision.dataset import PLACEHOLDER, contains_trigger
+from engram_vision.dataset import PLACEHOLDER, clean_trigger, contains_trigger, is_accent
 from engram_vision.images import Note, ignore_note
 
 __all__ = [
@@ -158,9 +158,7 @@ def normalize_caption(
     Raises:
         InputError: the trigger is empty, or as `find_mentions` says.
     """
-    phrase = " ".join(trigger.split())
-    if not phrase:
-        raise InputError(f"the trigger is {trigger!r}; give the phrase that shall recall the subject")
+    phrase = clean_trigger(trigger)
     mentions = tuple(find_mentions(caption, subjects, only_subjects=only_subjects))
     status: Status
     if contains_trigger(caption, phrase) or PLACEHOLDER in caption:
@@ -215,7 +213,7 @@ def _places(caption: str, pattern: re.Pattern[str]) -> list[tuple[int, int]]:
     return [
         (start, stop)
         for start, stop in found
-        if not _is_accent(caption[stop : stop + 1]) and not (start and _is_accent(caption[start - 1]))
+        if not is_accent(caption[stop : stop + 1]) and not (start and is_accent(caption[start - 1]))
     ]
 
 
@@ -245,10 +243,6 @@ def _spellings(character: str) -> str:
     """Return a pattern for a character, however Unicode spells its accents."""
     decomposed = unicodedata.normalize("NFD", character)
     return re.escape(character) if decomposed == character else f"(?:{re.escape(character)}|{re.escape(decomposed)})"
-
-
-def _is_accent(character: str) -> bool:
-    return unicodedata.category(character).startswith("M") if character else False
 
 
 def _leftmost_longest(places: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

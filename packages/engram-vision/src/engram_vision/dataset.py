@@ -22,7 +22,9 @@ __all__ = [
     "CaptionedFile",
     "CaptionedImage",
     "caption_with",
+    "clean_trigger",
     "contains_trigger",
+    "is_accent",
     "put_trigger_first",
     "read_captions",
     "read_dataset",
@@ -104,9 +106,7 @@ def read_captions(
     Raises:
         InputError: as for `read_dataset`.
     """
-    phrase = " ".join(trigger.split())
-    if not phrase:
-        raise InputError(f"the trigger is {trigger!r}; give the phrase that shall recall the subject")
+    phrase = clean_trigger(trigger)
     place = CaptionFolder(folder, items, note=note)
     texts = {name: text.replace(PLACEHOLDER, phrase).strip() for name, text in place.captions.items()}
     if insert_trigger:
@@ -121,6 +121,18 @@ def read_captions(
     if len(files) == 1:
         note(f"{show_path(files[0].path)}: is the only {items.name}; with several the subject is learned more reliably")
     return files
+
+
+def clean_trigger(trigger: str) -> str:
+    """Return a trigger with single spaces between its words.
+
+    Raises:
+        InputError: there is nothing in it.
+    """
+    phrase = " ".join(trigger.split())
+    if not phrase:
+        raise InputError(f"the trigger is {trigger!r}; give the phrase that shall recall the subject")
+    return phrase
 
 
 def contains_trigger(caption: str, trigger: str) -> bool:
@@ -155,13 +167,13 @@ def _occurrences(text: str, trigger: str) -> Iterator[tuple[int, int]]:
     # For each character, after a neutral one in front: does it belong to a word? An accent does with its letter.
     in_word = [False]
     for character in folded:
-        in_word.append(character.isalnum() or (_is_accent(character) and in_word[-1]))
+        in_word.append(character.isalnum() or (is_accent(character) and in_word[-1]))
     start = folded.find(wanted) if wanted else -1
     while start >= 0:
         stop = start + len(wanted)
         # One character may fold to several (ß to ss), of which a trigger cannot cover a part.
         is_whole = (start == 0 or origin[start - 1] < origin[start]) and origin[stop - 1] < origin[stop]
-        is_ended = stop == len(folded) or not (folded[stop].isalnum() or _is_accent(folded[stop]))
+        is_ended = stop == len(folded) or not (folded[stop].isalnum() or is_accent(folded[stop]))
         if is_whole and is_ended and not in_word[start]:
             yield origin[start], origin[stop]
             start = folded.find(wanted, stop)
@@ -169,8 +181,9 @@ def _occurrences(text: str, trigger: str) -> Iterator[tuple[int, int]]:
             start = folded.find(wanted, start + 1)
 
 
-def _is_accent(character: str) -> bool:
-    return unicodedata.category(character).startswith("M")
+def is_accent(character: str) -> bool:
+    """Return whether a character belongs to the one before it, as an accent written apart does."""
+    return unicodedata.category(character).startswith("M") if character else False
 
 
 def _fold(text: str) -> tuple[str, list[int]]:

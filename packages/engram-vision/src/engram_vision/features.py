@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenize
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from engram_core import InputError
+from engram_core.errors import one_line
 from engram_vision.dataset import contains_trigger
 from engram_vision.demo.characters import read_characters
 from engram_vision.demo.judge import SIDE, Judge, to_inputs
@@ -304,4 +305,4 @@ def _normalise(features: Tensor, name: str) -> Features:
 
 
 def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {one_line(error)}"

@@ -11,8 +11,9 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from engram_core import InputError
+from engram_core.errors import one_line
 
-__all__ = ["SUFFIXES", "Crop", "Note", "fit_square", "ignore_note", "load_picture", "show_path"]
+__all__ = ["SUFFIXES", "Crop", "Note", "fit_square", "ignore_note", "is_animated", "load_picture", "show_path"]
 
 Note = Callable[[str], None]
 """Takes one line that the user should know but did not ask for, e.g. `Watcher.note` of `engram_core`."""
@@ -63,18 +64,27 @@ def load_picture(path: Path, *, resolution: int | None = None, note: Note = igno
     except InputError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InputError(f"{where}: is too large to decode safely: {_one_line(error)}; scale it down") from None
+        raise InputError(f"{where}: is too large to decode safely: {_reason(error)}; scale it down") from None
     except UnidentifiedImageError:
         raise InputError(
             f"{where}: its {path.stat().st_size} bytes are no {', '.join(_FORMATS)} picture, or are damaged; "
             "replace it, or convert it to PNG"
         ) from None
     except Exception as error:  # noqa: BLE001 - junk makes decoders raise almost anything
-        raise InputError(f"{where}: cannot be read as a picture: {_one_line(error)}; replace it") from None
+        raise InputError(f"{where}: cannot be read as a picture: {_reason(error)}; replace it") from None
     if resolution is not None and min(image.size) < resolution:
         width, height = image.size
         note(f"{where}: is {width}x{height}, smaller than the resolution {resolution}x{resolution}; it is enlarged")
     return image
+
+
+def is_animated(path: Path) -> bool:
+    """Return whether a GIF has several frames; what is wrong with a broken one is told when it is read."""
+    try:
+        with Image.open(path, formats=("GIF",)) as image:
+            return getattr(image, "n_frames", 1) > 1
+    except Exception:  # noqa: BLE001 - junk makes decoders raise almost anything
+        return False
 
 
 def fit_square(image: Image.Image, size: int, crop: Crop = "centre") -> Image.Image:
@@ -138,7 +148,6 @@ def _to_rgb(image: Image.Image, where: str) -> Image.Image:
     return image.convert("RGB")
 
 
-def _one_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     text = error.strerror or str(error) if isinstance(error, OSError) else str(error)
-    text = " ".join(text.split())[:200] or type(error).__name__
-    return text if text.isprintable() else repr(text)  # decoders may quote from the file
+    return one_line(text) or type(error).__name__

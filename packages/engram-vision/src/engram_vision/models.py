@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from engram_core import InputError
+from engram_core.errors import one_line
 from engram_vision.families import SD15, SD35, Family
 from engram_vision.quiet import quiet_libraries
 from engram_vision.settings import Device, Precision
@@ -203,7 +204,7 @@ class _Loader:
         try:
             return loader(source, **options)
         except Exception as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error, 300)
             raise InputError(
                 f"{self._model}: cannot be loaded as a {self._family.title} model: {type(error).__name__}: "
                 f"{reason}{remedy}"

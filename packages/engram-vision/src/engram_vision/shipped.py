@@ -16,6 +16,7 @@ __all__ = [
     "judge_folder",
     "known_fingerprint",
     "model_place",
+    "shipped_folder",
     "tiny_fingerprint",
     "tiny_folder",
 ]
@@ -38,7 +39,7 @@ def tiny_folder(backbone: str) -> Path:
         roots = {_root_of(each.package) for each in known_families().values()}
         there = sorted(path.parent.name for root in roots for path in root.glob("*/model_index.json"))
         raise InputError(f"no {TINY!r} model ships for {backbone}, only for {', '.join(there)}; pass --model")
-    return _existing(folder, "model_index.json")
+    return shipped_folder(folder, "model_index.json")
 
 
 @cache
@@ -61,12 +62,12 @@ def model_place(backbone: str, model: str) -> str:
 
 def judge_folder() -> Path:
     """Return the classifier that tells the small world's subjects and scenes."""
-    return _existing(_ROOT / "judge", "config.json")
+    return shipped_folder(_ROOT / "judge", "config.json")
 
 
 def characters_folder() -> Path:
     """Return the demo's characters: a folder of captioned pictures for each."""
-    return _existing(_ROOT / "characters", "characters.json")
+    return shipped_folder(_ROOT / "characters", "characters.json")
 
 
 @cache
@@ -86,7 +87,12 @@ def known_fingerprint(place: str) -> str | None:
     return tiny_fingerprint(path.name) if ships and path.is_dir() else None
 
 
-def _existing(folder: Path, file: str) -> Path:
+def shipped_folder(folder: Path, file: str) -> Path:
+    """Return a folder that ships, as it is known by one of its files.
+
+    Raises:
+        InputError: it is missing.
+    """
     if not (folder / file).is_file():
         raise InputError(f"{folder}: {file} is missing; install its package again, or run its recipe")
     return folder

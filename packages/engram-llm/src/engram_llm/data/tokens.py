@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engram_core import InputError
+from engram_core.errors import one_line
 from engram_llm.data.forms import Chat, Content, Passage
 
 __all__ = ["Encoder", "Tokens"]
@@ -71,7 +72,7 @@ class Encoder:
                 else:
                     waiting += [(row, parts) for parts in self._cut(content)]
             except (ValueError, TypeError, KeyError, jinja2.TemplateError) as error:
-                found[row] = f"the chat template refuses it: {' '.join(str(error).split())[:200]}"
+                found[row] = f"the chat template refuses it: {one_line(error)}"
         ids = iter(self._encode([text for _, parts in waiting for text, _ in parts]))
         for row, parts in waiting:
             pieces = [(next(ids), learned) for _, learned in parts]

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engram_core import AdapterWriteError, InputError
+from engram_core.errors import one_line
 
 __all__ = [
     "Progress",
@@ -115,7 +116,7 @@ def new_checkpoint(run_dir: Path, step: int) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         if isinstance(error, AdapterWriteError):
             raise
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        reason = getattr(error, "strerror", None) or one_line(error)
         raise AdapterWriteError(f"{target}: cannot be written: {reason}; older checkpoints are kept") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from engram_core import HashedMemory, InputError, Manifest, MemoryRecord, open_memory, write_memory
+from engram_core.errors import one_line
 from engram_llm.attachment import Active, attach, detach, find_decoder
 from engram_llm.memory import Memory, stored_tensors
 from engram_llm.module import Table
@@ -152,7 +153,7 @@ class Learned:
                 if report.unexpected_keys:
                     raise ValueError(f"unknown weights {report.unexpected_keys[0]}")
         except Exception as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise InputError(
                 f"{folder}: does not fit the run: {reason}; delete this folder to go on from the one before, or begin "
                 "anew with --force"

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from engram_core import EvaluateReport, InputError, Watcher
 from engram_video.clips import SUFFIXES as CLIP_SUFFIXES
@@ -23,7 +22,7 @@ from engram_vision.evaluation import run
 from engram_vision.evaluation.measures import Figure
 from engram_vision.evaluation.shown import Shown, describe_file, open_files, open_picture
 from engram_vision.images import SUFFIXES as PICTURE_SUFFIXES
-from engram_vision.images import show_path
+from engram_vision.images import is_animated, show_path
 
 __all__ = ["CLIPS", "evaluate"]
 
@@ -104,15 +103,7 @@ def _find(place: Path, files: Sequence[Path]) -> list[Path]:
 
 def _open(file: Path, caption: str | None) -> Shown:
     suffix = file.suffix.lower()
-    if suffix in PICTURE_SUFFIXES and (suffix != ".gif" or _is_still(file)):
+    if suffix in PICTURE_SUFFIXES and (suffix != ".gif" or not is_animated(file)):
         return open_picture(file, caption)
     probe_clip(file)
     return describe_file(file, read_facts(file), caption, lambda: read_clip(file).frames)
-
-
-def _is_still(file: Path) -> bool:
-    try:
-        with Image.open(file) as image:
-            return getattr(image, "n_frames", 1) == 1
-    except OSError:
-        return True  # what is wrong with it is told when it is read

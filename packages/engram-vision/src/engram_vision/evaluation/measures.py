@@ -21,6 +21,7 @@ __all__ = [
     "compare_bytes",
     "list_spread",
     "measure_consistency",
+    "measure_drop",
     "measure_identity",
     "sum_up",
 ]
@@ -58,10 +59,19 @@ def measure_identity(subject: str, features: Features, references: Features) -> 
     alike = compare_features(features, references)
     figures = [_figure(subject, "identity", float(alike.mean()), better=True)]
     if len(alike) > 1:
-        quarter = max(1, len(alike) // 4)
-        drop = float(alike[:quarter].mean() - alike[-quarter:].mean())
-        figures.append(_figure(subject, "identity drop", drop, better=False))
+        figures.append(_figure(subject, "identity drop", measure_drop(alike), better=False))
     return figures, alike
+
+
+def measure_drop(values: npt.ArrayLike) -> float:
+    """Return by how much values fall: the mean of the first quarter less that of the last.
+
+    Args:
+        values: of the frames, in their order.
+    """
+    frames = np.asarray(values, np.float64)
+    quarter = max(1, len(frames) // 4)
+    return float(frames[:quarter].mean() - frames[-quarter:].mean())
 
 
 def measure_consistency(subject: str, features: Features) -> list[Figure]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from engram_core import InputError, TargetExistsError, TrainingError, TrainReport, Watcher
 from engram_core.container import open_target, write_all
+from engram_core.errors import one_line
 from engram_core.settings import dump_settings
 from engram_core.training.interrupt import DeferredInterrupt
 from engram_core.training.metrics import MetricsFile
@@ -324,7 +325,7 @@ class _Run:
             for name, stream in self.streams.items():
                 stream.visited[:] = groups["visited"][name]
         except (RuntimeError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise InputError(f"{state}: does not fit the run: {reason}; begin anew with --force") from None
         self.first = progress.step
         self.best = _Best(progress.best_step, progress.best_loss, groups["best"])
