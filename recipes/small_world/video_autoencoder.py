@@ -29,7 +29,7 @@ LATENT_FRAMES = 2
 STILLS = 0.7
 """Of the steps, the share that sees single frames, which cost little: looks are learned first, motion afterwards."""
 
-STILL_RATE, CLIP_RATE = 4e-3, 2e-3
+STILL_RATE, CLIP_RATE = 4e-3, 6e-4
 KL_WEIGHT = 1e-4
 SQUARE_WEIGHT = 5.0
 EDGE_WEIGHT = 0.2
