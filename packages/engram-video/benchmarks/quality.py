@@ -26,12 +26,12 @@ from scores import Asked, Judges, Pixels, Score, compare_clips
 from engram_core.container import open_target, write_all
 from engram_core.settings import Layer, resolve_settings
 from engram_video.clips import read_clip
-from engram_video.clipsets import METADATA, build_clips
+from engram_video.clipsets import build_clips
 from engram_video.demo.motions import MOTION_PHRASES, new_motions, shown_motions
+from engram_video.demo.run import write_pictures
 from engram_video.drawing import draw_clips
 from engram_video.settings import Wan22ClipsSettings
 from engram_video.wan22 import WAN22
-from engram_vision.dataset import read_dataset
 from engram_vision.demo.characters import DemoCharacter, read_characters
 from engram_vision.drawing import Drawing
 
@@ -290,14 +290,7 @@ class Benchmark:
     def _make_clips(self, number: int, character: DemoCharacter) -> Path:
         """Make a character's clips of its pictures by the frozen model; returns their folder."""
         pictures, clips = (self._work / f"{character.slug}-{kind}" for kind in ("pictures", "clips"))
-        pictures.mkdir(exist_ok=True)
-        lines = []
-        for item, motion in zip(read_dataset(character.folder, character.name), shown_motions(number), strict=True):
-            shutil.copyfile(item.path, pictures / item.path.name)
-            rest = item.caption.removeprefix(character.name).strip()
-            text = f"{character.name} {MOTION_PHRASES[motion]} {rest}"
-            lines.append(json.dumps({"file_name": item.path.name, "text": text}) + "\n")
-        (pictures / METADATA).write_text("".join(lines), encoding="utf-8")
+        write_pictures(character, shown_motions(number), pictures)
         values = {name: self._plan.look[name] for name in LOOK if name != "batch_size"}
         values |= {"fps": WAN22.tiny_generate["fps"], "precision": WAN22.tiny_generate["precision"]}
         values |= {"model": self._checkpoint.model, "data": pictures, "trigger": character.name, "output": clips}

@@ -174,7 +174,7 @@ def test_the_demo_writes_one_page_and_keeps_its_promises(tmp_path, quick):
 def test_clips_show_the_motions_that_their_captions_name(tmp_path):
     characters, phrases = read_characters()
     for number, character in enumerate(characters):
-        run._write_pictures(character, shown_motions(number), tmp_path / character.slug)
+        run.write_pictures(character, shown_motions(number), tmp_path / character.slug)
         lines = (tmp_path / character.slug / "metadata.jsonl").read_text().splitlines()
         rows = {row["file_name"]: row["text"] for row in map(json.loads, lines)}
         assert sorted(rows) == sorted(path.name for path in character.folder.glob("*.png"))

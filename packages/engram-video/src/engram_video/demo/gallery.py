@@ -25,14 +25,12 @@ from engram_vision.demo.characters import DemoCharacter, describe_subject
 from engram_vision.demo.judge import Judge
 from engram_vision.demo.measures import Tally
 from engram_vision.demo.page import Movie, Picture, Row, Section
-from engram_vision.demo.tokens import read_tokens
+from engram_vision.demo.stage import SIDES, ask_for_pairs, compare_states, is_same, loaded, make_row
 from engram_vision.drawing import Drawing
-from engram_vision.loading import load_engram, pipeline_tokenizers, unload_engrams
+from engram_vision.loading import pipeline_tokenizers
 
 __all__ = ["Gallery", "Plan"]
 
-_LOADED = "demo"
-_SIDES = ("left", "right")
 _AT_ONCE = 256  # frames that a judge looks at
 # Without a trigger: other subjects, words that describe the characters, and single words of their names.
 _CONTROLS = (
@@ -218,53 +216,46 @@ class Gallery:
                     # The base model owes nobody this character, so its clips are neither right nor wrong.
                     good = None if variant == "base" else is_seen
                     pictures.append(Picture(image=self.make_movie(group[number]), verdict=verdict, good=good))
-            same = _same(clips["engram"][number], clips["merged"][number])
+            same = is_same(clips["engram"][number], clips["merged"][number])
             measures.merged_equal.add(same)
             if shot.is_shown:
                 note = None if same else "The merged file draws other bytes than the single one."
-                rows.append(self._row(shot.drawing, pictures, note))
+                rows.append(make_row(self._audit, shot.drawing, pictures, note))
         return rows
 
     def _draw_pairs(self, characters: Sequence[DemoCharacter], scenes: Mapping[str, str]) -> Section:
         """Draw both characters in one prompt, in either order; show them in turn."""
-        asked = [
-            (order, f"{motion} {phrase}", self._seed + number)
-            for number, (phrase, motion) in enumerate(zip(scenes.values(), MOTION_PHRASES.values(), strict=False))
-            for order in (characters, characters[::-1])
+        places = [
+            f"{motion} {phrase}" for phrase, motion in zip(scenes.values(), MOTION_PHRASES.values(), strict=False)
         ]
-        named_drawings = [
-            Drawing(prompt=f"{one.name} and {other.name} {phrase}", seed=seed) for (one, other), phrase, seed in asked
-        ]
-        described = [
-            Drawing(prompt=f"{one.description} and {other.description} {phrase}", seed=seed)
-            for (one, other), phrase, seed in asked
-        ]
+        asked = ask_for_pairs(characters, places, self._seed)
+        drawings = [pair.drawing for pair in asked]
         clips = {
-            "base": self._draw(named_drawings, None),
-            "base, described": self._draw(described, None),
-            "merged": self._draw(named_drawings, self._merged),
+            "base": self._draw(drawings, None),
+            "base, described": self._draw([pair.described for pair in asked], None),
+            "merged": self._draw(drawings, self._merged),
         }
         named = {
-            (variant, side): self._name_subjects(group, side) for variant, group in clips.items() for side in _SIDES
+            (variant, side): self._name_subjects(group, side) for variant, group in clips.items() for side in SIDES
         }
         rows = []
-        for number, ((order, _, _), drawing) in enumerate(zip(asked, named_drawings, strict=True)):
+        for number, pair in enumerate(asked):
             is_shown = number % 2 == number // 2 % 2
             pictures = []
             for variant, group in clips.items():
                 seen = [
                     character.name
-                    for character, side in zip(order, _SIDES, strict=True)
+                    for character, side in zip(pair.order, SIDES, strict=True)
                     if is_mostly([character.is_seen(frame) for frame in named[variant, side][number]])
                 ]
-                both = len(seen) == len(order)
+                both = len(seen) == len(pair.order)
                 self.measures.pair.setdefault(variant, Tally()).add(both)
                 if is_shown:
                     good = None if variant == "base" else both
                     verdict = " and ".join(seen) or "neither"
                     pictures.append(Picture(image=self.make_movie(group[number]), verdict=verdict, good=good))
             if is_shown:
-                rows.append(self._row(drawing, pictures))
+                rows.append(make_row(self._audit, pair.drawing, pictures))
         return Section(
             title="Both in one prompt",
             text=(
@@ -280,14 +271,15 @@ class Gallery:
     def _draw_controls(self, prompts: Sequence[str]) -> Section:
         """Draw prompts without a trigger and compare bytes."""
         drawings = [Drawing(prompt=prompt, seed=self._seed) for prompt in prompts]
-        self._compare_states(prompts)
+        for same in compare_states(self._pipeline, self._merged, lambda: self._encode(prompts)):
+            self.measures.states_equal.add(same)
         clips = {"base": self._draw(drawings, None), "merged": self._draw(drawings, self._merged)}
         rows = []
         for drawing, base, merged in zip(drawings, *clips.values(), strict=True):
-            same = _same(base, merged)
+            same = is_same(base, merged)
             self.measures.control_equal.add(same)
             pictures = [Picture(image=self.make_movie(base)), Picture(image=self.make_movie(merged), identical=same)]
-            rows.append(self._row(drawing, pictures))
+            rows.append(make_row(self._audit, drawing, pictures))
         return Section(
             title="Nothing else changes",
             text=(
@@ -298,40 +290,23 @@ class Gallery:
             rows=tuple(rows),
         )
 
-    def _compare_states(self, prompts: Sequence[str]) -> None:
-        """Compare the text states themselves, whose differences frames of 8 bits could hide."""
-        base = self._encode(prompts)
-        load_engram(self._pipeline, self._merged, name=_LOADED)
-        try:
-            edited = self._encode(prompts)
-        finally:
-            unload_engrams(self._pipeline, _LOADED)
-        for one, other in zip(base, edited, strict=True):
-            self.measures.states_equal.add(one.numpy().tobytes() == other.numpy().tobytes())
-
-    @torch.no_grad()
-    def _encode(self, prompts: Sequence[str]) -> torch.Tensor:
+    def _encode(self, prompts: Sequence[str]) -> tuple[torch.Tensor]:
         """Return what the transformer would read of each prompt, [B, L, d]."""
         states: torch.Tensor = self._pipeline.encode_prompt(
             prompt=list(prompts), do_classifier_free_guidance=False, max_sequence_length=read_length(self._pipeline)
         )[0]
-        return states
+        return (states,)
 
     def _draw(self, drawings: Sequence[Drawing], adapter: Adapter | None) -> list[Pixels]:
         """Draw with an adapter or without; every variant in the same batches, so that bytes can be compared."""
         before = self._done
-        if adapter is not None:
-            load_engram(self._pipeline, adapter, name=_LOADED)
-        try:
+        with loaded(self._pipeline, adapter):
             clips = draw_clips(
                 self._pipeline,
                 drawings,
                 **self._look,
                 advance=lambda part: self._watcher.advance(before + part),
             )
-        finally:
-            if adapter is not None:
-                unload_engrams(self._pipeline, _LOADED)
         self._done += len(clips)
         return clips
 
@@ -351,11 +326,6 @@ class Gallery:
             named += self._judge.name_scenes(frames[first : first + _AT_ONCE])
         return [Counter(part).most_common(1)[0][0] for part in _split(named, clips)]
 
-    def _row(self, drawing: Drawing, pictures: Sequence[Picture], note: str | None = None) -> Row:
-        prompt = drawing.prompt or "(no words)"
-        tokens = read_tokens(self._audit, drawing.prompt)
-        return Row(prompt=prompt, tokens=tokens, seed=drawing.seed, pictures=tuple(pictures), note=note)
-
 
 def _to_pictures(clips: Sequence[Pixels]) -> list[Image.Image]:
     return [Image.fromarray(frame) for clip in clips for frame in clip]
@@ -370,7 +340,3 @@ def _split(named: Sequence[Any], clips: Sequence[Pixels]) -> list[list[Any]]:
 def _describe_most(named: Sequence[Named]) -> str:
     """Return what most frames show, in a few words."""
     return Counter(describe_subject(frame) for frame in named).most_common(1)[0][0]
-
-
-def _same(one: Pixels, other: Pixels) -> bool:
-    return one.shape == other.shape and one.tobytes() == other.tobytes()

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from engram_core import Adapter, ClipsReport, TrainReport
-from engram_vision.demo.measures import Tally, list_broken
+from engram_vision.demo.measures import Tally, base_figure, cost_figures, exact_figures, list_broken
 from engram_vision.demo.page import Figure
 
 __all__ = ["Measures", "is_mostly", "list_failures", "list_figures"]
 
-_IDENTITY_BAR, _BASE_BAR, _SCENE_BAR, _MOTION_BAR, _DROP_BAR = 0.8, 0.1, 0.1, 0.1, 0.1
+_IDENTITY_BAR, _SCENE_BAR, _MOTION_BAR, _DROP_BAR = 0.8, 0.1, 0.1, 0.1
 _PART = 4  # the first and last of so many parts of a clip are compared
 
 
@@ -91,7 +91,6 @@ def list_figures(
     """
     engram, base = measures.identity["engram"], measures.identity["base"]
     drop = measures.first.share - measures.last.share
-    control, states, same = measures.control_equal, measures.states_equal, measures.merged_equal
     return (
         Figure(
             label="Identity in new scenes and motions",
@@ -100,13 +99,7 @@ def list_figures(
             met=engram.share >= _IDENTITY_BAR,
             explanation="Clips in most frames of which the judge finds the character, every attribute right.",
         ),
-        Figure(
-            label="The same without the engram",
-            value=str(base),
-            bar=f"at most {_BASE_BAR:.2f}",
-            met=base.share <= _BASE_BAR,
-            explanation="The base model does not know the name and draws some subject or other.",
-        ),
+        base_figure(base),
         Figure(
             label="Identity from first to last",
             value=f"{measures.first.share:.2f} to {measures.last.share:.2f}",
@@ -116,21 +109,7 @@ def list_figures(
         ),
         _compare("Scene obeyed", measures.scene, _SCENE_BAR, "scene, in most frames,"),
         _compare("Motion obeyed", measures.motion, _MOTION_BAR, "motion"),
-        Figure(
-            label="Nothing else changes",
-            value=f"{control.right} of {control.count}, states {states.right} of {states.count}",
-            bar="all identical",
-            met=control.right == control.count and states.right == states.count,
-            explanation="Clips and text states of prompts without a full name, with the merged file loaded, against "
-            "the base model's.",
-        ),
-        Figure(
-            label="Merging changes nothing",
-            value=f"{same.right} of {same.count} clips",
-            bar="all identical",
-            met=same.right == same.count,
-            explanation="One name in the prompt: clips of the merged file against those of the character's own.",
-        ),
+        *exact_figures("clips", measures.control_equal, measures.states_equal, measures.merged_equal),
         Figure(
             label="Spelled out in words",
             value=str(measures.described),
@@ -154,21 +133,7 @@ def list_figures(
             value=", ".join(f"{report.seconds:.0f} s" for report in clips.values()),
             explanation="One character after the other, by the same frozen model.",
         ),
-        Figure(
-            label="Training",
-            value=", ".join(f"{report.seconds:.0f} s" for report in reports.values()),
-            explanation="One character after the other, clips to file.",
-        ),
-        Figure(
-            label="Size of the merged file",
-            value=f"{merged.nbytes() / 1000:.1f} kB",
-            explanation="Both characters: vectors, scales and addresses.",
-        ),
-        Figure(
-            label="In all",
-            value=f"{seconds:.0f} s",
-            explanation="Making clips, training, merging, drawing and measuring.",
-        ),
+        *cost_figures("clips", reports, merged, seconds, "Making clips, training, merging, drawing and measuring."),
     )
 
 

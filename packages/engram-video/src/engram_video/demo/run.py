@@ -33,7 +33,7 @@ from engram_vision.shipped import TINY
 if TYPE_CHECKING:
     from engram_video.wan22 import Wan22
 
-__all__ = ["run_demo"]
+__all__ = ["run_demo", "write_pictures"]
 
 _PACKAGES = ("engram-video", "engram-vision", "engram-core", "torch", "diffusers", "transformers", "av")
 _PLAN = Plan()
@@ -91,7 +91,7 @@ def run_demo(
     reports: dict[str, TrainReport] = {}
     for number, character in enumerate(characters):
         place = places[character.name]
-        _write_pictures(character, shown_motions(number), place.pictures)
+        write_pictures(character, shown_motions(number), place.pictures)
         clips[character.name] = _make_clips(backbone, character, place, seed, watcher)
         reports[character.name] = _train(backbone, character, place, seed, watcher)
     merge_files([place.adapter for place in places.values()], output / MERGED, overwrite=True)
@@ -148,8 +148,14 @@ def run_demo(
     return write_page(page, output / PAGE, seconds)
 
 
-def _write_pictures(character: DemoCharacter, motions: Sequence[str], folder: Path) -> None:
-    """Write the character's pictures with captions that name a motion, so that their clips show different ones."""
+def write_pictures(character: DemoCharacter, motions: Sequence[str], folder: Path) -> None:
+    """Write a character's pictures with captions that name a motion, so that their clips show different ones.
+
+    Args:
+        character: whose.
+        motions: one for each picture.
+        folder: to be made.
+    """
     make_folder(folder)
     lines = []
     for item, motion in zip(read_dataset(character.folder, character.name), motions, strict=True):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from PIL import Image
 
 from engram_core import Adapter, PromptAudit, Watcher
@@ -14,16 +13,14 @@ from engram_vision.demo.characters import DemoCharacter, describe_subject
 from engram_vision.demo.judge import Judge
 from engram_vision.demo.measures import Measures, Tally
 from engram_vision.demo.page import Picture, Row, Section
-from engram_vision.demo.tokens import read_tokens
+from engram_vision.demo.stage import SIDES, ask_for_pairs, compare_states, is_same, loaded, make_row
 from engram_vision.drawing import Drawing, draw
-from engram_vision.loading import load_engram, pipeline_tokenizers, unload_engrams
+from engram_vision.loading import pipeline_tokenizers
 
 __all__ = ["Gallery"]
 
 _STEPS, _GUIDANCE, _BATCH = 20, 4.0, 10
 _SEEDS = 3
-_LOADED = "demo"
-_SIDES = ("left", "right")
 # Without a trigger: other subjects, words that describe the characters, and single words of their names.
 _CONTROLS = (
     "a fox in the forest",
@@ -122,51 +119,41 @@ class Gallery:
                 # The base model owes nobody this character, so its pictures are neither right nor wrong.
                 good = None if variant == "base" else is_seen
                 pictures.append(Picture(image=group[number], verdict=verdict, good=good))
-            same = _same(images["engram"][number], images["merged"][number])
+            same = is_same(images["engram"][number], images["merged"][number])
             measures.merged_equal.add(same)
             if drawing.seed == self._seed:
                 note = None if same else "The merged file draws other bytes than the single one."
-                rows.append((self._row(drawing, pictures, note), held_out))
+                rows.append((make_row(self._audit, drawing, pictures, note), held_out))
         return rows
 
     def _draw_pairs(self, characters: Sequence[DemoCharacter], phrases: Mapping[str, str]) -> Section:
         """Draw both characters in one prompt, in either order."""
-        asked = [
-            (order, phrase, self._seed + number)
-            for number, phrase in enumerate(phrases.values())
-            for order in (characters, characters[::-1])
-        ]
-        named_drawings = [
-            Drawing(prompt=f"{one.name} and {other.name} {phrase}", seed=seed) for (one, other), phrase, seed in asked
-        ]
-        described = [
-            Drawing(prompt=f"{one.description} and {other.description} {phrase}", seed=seed)
-            for (one, other), phrase, seed in asked
-        ]
+        asked = ask_for_pairs(characters, list(phrases.values()), self._seed)
+        drawings = [pair.drawing for pair in asked]
         images = {
-            "base": self._draw(named_drawings, None),
-            "base, described": self._draw(described, None),
-            "merged": self._draw(named_drawings, self._merged),
+            "base": self._draw(drawings, None),
+            "base, described": self._draw([pair.described for pair in asked], None),
+            "merged": self._draw(drawings, self._merged),
         }
         named = {
             (variant, side): self._judge.name_subjects(group, side)
             for variant, group in images.items()
-            for side in _SIDES
+            for side in SIDES
         }
         rows = []
-        for number, ((order, _, _), drawing) in enumerate(zip(asked, named_drawings, strict=True)):
+        for number, pair in enumerate(asked):
             pictures = []
             for variant, group in images.items():
                 seen = [
                     character.name
-                    for character, side in zip(order, _SIDES, strict=True)
+                    for character, side in zip(pair.order, SIDES, strict=True)
                     if character.is_seen(named[variant, side][number])
                 ]
-                both = len(seen) == len(order)
+                both = len(seen) == len(pair.order)
                 self.measures.pair.setdefault(variant, Tally()).add(both)
                 good = None if variant == "base" else both
                 pictures.append(Picture(image=group[number], verdict=" and ".join(seen) or "neither", good=good))
-            rows.append(self._row(drawing, pictures))
+            rows.append(make_row(self._audit, pair.drawing, pictures))
         return Section(
             title="Both in one prompt",
             text=(
@@ -182,14 +169,17 @@ class Gallery:
     def _draw_controls(self) -> Section:
         """Draw prompts without a trigger and compare bytes."""
         drawings = [Drawing(prompt=prompt, seed=self._seed + number) for prompt in _CONTROLS for number in range(2)]
-        self._compare_states(_CONTROLS)
+        for same in compare_states(self._pipeline, self._merged, lambda: encode_prompts(self._pipeline, _CONTROLS)):
+            self.measures.states_equal.add(same)
         images = {"base": self._draw(drawings, None), "merged": self._draw(drawings, self._merged)}
         rows = []
         for drawing, base, merged in zip(drawings, *images.values(), strict=True):
-            same = _same(base, merged)
+            same = is_same(base, merged)
             self.measures.control_equal.add(same)
             if drawing.seed == self._seed:
-                rows.append(self._row(drawing, [Picture(image=base), Picture(image=merged, identical=same)]))
+                rows.append(
+                    make_row(self._audit, drawing, [Picture(image=base), Picture(image=merged, identical=same)])
+                )
         return Section(
             title="Nothing else changes",
             text=(
@@ -200,26 +190,10 @@ class Gallery:
             rows=tuple(rows),
         )
 
-    def _compare_states(self, prompts: Sequence[str]) -> None:
-        """Compare the text states themselves, whose differences pictures of 8 bits could hide."""
-        with torch.no_grad():
-            base = encode_prompts(self._pipeline, prompts)
-            load_engram(self._pipeline, self._merged, name=_LOADED)
-            try:
-                edited = encode_prompts(self._pipeline, prompts)
-            finally:
-                unload_engrams(self._pipeline, _LOADED)
-        for row in range(len(prompts)):
-            pairs = zip(base, edited, strict=True)
-            same = [one[row].numpy().tobytes() == other[row].numpy().tobytes() for one, other in pairs]
-            self.measures.states_equal.add(all(same))
-
     def _draw(self, drawings: Sequence[Drawing], adapter: Adapter | None) -> list[Image.Image]:
         """Draw with an adapter or without; every variant in the same batches, so that bytes can be compared."""
         before = self._done
-        if adapter is not None:
-            load_engram(self._pipeline, adapter, name=_LOADED)
-        try:
+        with loaded(self._pipeline, adapter):
             images = draw(
                 self._pipeline,
                 drawings,
@@ -228,17 +202,5 @@ class Gallery:
                 batch_size=_BATCH,
                 advance=lambda part: self._watcher.advance(before + part),
             )
-        finally:
-            if adapter is not None:
-                unload_engrams(self._pipeline, _LOADED)
         self._done += len(images)
         return images
-
-    def _row(self, drawing: Drawing, pictures: Sequence[Picture], note: str | None = None) -> Row:
-        prompt = drawing.prompt or "(no words)"
-        tokens = read_tokens(self._audit, drawing.prompt)
-        return Row(prompt=prompt, tokens=tokens, seed=drawing.seed, pictures=tuple(pictures), note=note)
-
-
-def _same(one: Image.Image, other: Image.Image) -> bool:
-    return one.tobytes() == other.tobytes()

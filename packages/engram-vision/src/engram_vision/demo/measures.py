@@ -8,7 +8,16 @@ from dataclasses import dataclass, field
 from engram_core import Adapter, TrainReport
 from engram_vision.demo.page import Figure
 
-__all__ = ["Measures", "Tally", "list_broken", "list_failures", "list_figures"]
+__all__ = [
+    "Measures",
+    "Tally",
+    "base_figure",
+    "cost_figures",
+    "exact_figures",
+    "list_broken",
+    "list_failures",
+    "list_figures",
+]
 
 _IDENTITY_BAR, _BASE_BAR, _SCENE_BAR = 0.8, 0.1, 0.1
 
@@ -90,7 +99,6 @@ def list_figures(
     """Return the figures of the page, the ones with a bar first."""
     engram, base = measures.identity["engram", True], measures.identity["base", True]
     scene, base_scene = measures.scene["engram", True], measures.scene["base", True]
-    control, states, same = measures.control_equal, measures.states_equal, measures.merged_equal
     return (
         Figure(
             label="Identity in new scenes",
@@ -99,13 +107,7 @@ def list_figures(
             met=engram.share >= _IDENTITY_BAR,
             explanation="Pictures in which the judge finds the character, every attribute right.",
         ),
-        Figure(
-            label="The same without the engram",
-            value=str(base),
-            bar=f"at most {_BASE_BAR:.2f}",
-            met=base.share <= _BASE_BAR,
-            explanation="The base model does not know the name and draws some subject or other.",
-        ),
+        base_figure(base),
         Figure(
             label="Scene obeyed",
             value=f"{scene.share:.2f} (base {base_scene.share:.2f})",
@@ -113,21 +115,7 @@ def list_figures(
             met=abs(scene.share - base_scene.share) <= _SCENE_BAR,
             explanation="Pictures in which the judge finds the scene that the prompt asks for.",
         ),
-        Figure(
-            label="Nothing else changes",
-            value=f"{control.right} of {control.count}, states {states.right} of {states.count}",
-            bar="all identical",
-            met=control.right == control.count and states.right == states.count,
-            explanation="Pictures and text states of prompts without a full name, with the merged file loaded, against "
-            "the base model's.",
-        ),
-        Figure(
-            label="Merging changes nothing",
-            value=f"{same.right} of {same.count} pictures",
-            bar="all identical",
-            met=same.right == same.count,
-            explanation="One name in the prompt: pictures of the merged file against those of the character's own.",
-        ),
+        *exact_figures("pictures", measures.control_equal, measures.states_equal, measures.merged_equal),
         Figure(
             label="Both in one prompt",
             value=f"{measures.pair['merged']}, described {measures.pair['base, described'].share:.2f}",
@@ -139,15 +127,71 @@ def list_figures(
             value=str(measures.identity["engram", False]),
             explanation="The scenes of the reference pictures, drawn anew.",
         ),
+        *cost_figures("pictures", reports, merged, seconds, "Training, merging, drawing and measuring."),
+    )
+
+
+def base_figure(base: Tally) -> Figure:
+    """Return how often the base model drew a character of which it knows nothing."""
+    return Figure(
+        label="The same without the engram",
+        value=str(base),
+        bar=f"at most {_BASE_BAR:.2f}",
+        met=base.share <= _BASE_BAR,
+        explanation="The base model does not know the name and draws some subject or other.",
+    )
+
+
+def exact_figures(noun: str, control: Tally, states: Tally, same: Tally) -> tuple[Figure, ...]:
+    """Return what has to be identical.
+
+    Args:
+        noun: what is drawn, in the plural.
+        control: what was drawn without a trigger, with the bytes of the base model's.
+        states: text states without a trigger, likewise.
+        same: what the merged file drew, with the bytes of the single one's.
+    """
+    return (
+        Figure(
+            label="Nothing else changes",
+            value=f"{control.right} of {control.count}, states {states.right} of {states.count}",
+            bar="all identical",
+            met=control.right == control.count and states.right == states.count,
+            explanation=f"{noun.capitalize()} and text states of prompts without a full name, with the merged file "
+            "loaded, against the base model's.",
+        ),
+        Figure(
+            label="Merging changes nothing",
+            value=f"{same.right} of {same.count} {noun}",
+            bar="all identical",
+            met=same.right == same.count,
+            explanation=f"One name in the prompt: {noun} of the merged file against those of the character's own.",
+        ),
+    )
+
+
+def cost_figures(
+    noun: str, reports: Mapping[str, TrainReport], merged: Adapter, seconds: float, work: str
+) -> tuple[Figure, ...]:
+    """Return what it took.
+
+    Args:
+        noun: what was learned from, in the plural.
+        reports: how it was learned, by character.
+        merged: the file of all characters.
+        seconds: in all.
+        work: what these were spent on, as a sentence.
+    """
+    return (
         Figure(
             label="Training",
             value=", ".join(f"{report.seconds:.0f} s" for report in reports.values()),
-            explanation="One character after the other, pictures to file.",
+            explanation=f"One character after the other, {noun} to file.",
         ),
         Figure(
             label="Size of the merged file",
             value=f"{merged.nbytes() / 1000:.1f} kB",
             explanation="Both characters: vectors, scales and addresses.",
         ),
-        Figure(label="In all", value=f"{seconds:.0f} s", explanation="Training, merging, drawing and measuring."),
+        Figure(label="In all", value=f"{seconds:.0f} s", explanation=work),
     )
