@@ -52,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--judge-steps", type=int, default=1_000)
     parser.add_argument("--clips", type=int, default=6_000, help="of 9 frames")
     parser.add_argument("--video-autoencoder-steps", type=int, default=10_000)
-    parser.add_argument("--video-transformer-steps", type=int, default=4_500)
+    parser.add_argument("--video-transformer-steps", type=int, default=24_000)
+    parser.add_argument("--compile", action="store_true", help="stills of clips learn faster; needs a C++ compiler")
+    parser.add_argument("--learn-on", action="store_true", help="begin with the clip checkpoint that --video-out holds")
     parser.add_argument("--clip-judge-steps", type=int, default=1_500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -99,6 +101,8 @@ def make_clips(options: argparse.Namespace) -> None:
         transformer_steps=options.video_transformer_steps,
         seed=seed,
         report=report,
+        compiled=options.compile,
+        learn_on=options.learn_on,
     )
     make_clip_judge(work, out, steps=options.clip_judge_steps, seed=seed, report=report)
     write_figures(evaluate_clips(out, work, seed=seed), out)

@@ -42,33 +42,49 @@ MEASURED = 256
 """Clips that tell mean and deviation of the latents."""
 
 STILLS = (0, 5, 11, 16)
-"""Frames of a clip that are shown alone, each of as many clips."""
+"""Frames of a clip that are shown alone, each of twice as many clips."""
+
+CAPTIONS = 33_000
+"""Captions that the tokenizer learns from."""
 
 _PART = 1_000
 _AT_ONCE = 64
 
 
 def make_wan22(
-    work: Path, out: Path, *, clips: int, autoencoder_steps: int, transformer_steps: int, seed: int, report: Report
+    work: Path,
+    out: Path,
+    *,
+    clips: int,
+    autoencoder_steps: int,
+    transformer_steps: int,
+    seed: int,
+    report: Report,
+    compiled: bool = False,
+    learn_on: bool = False,
 ) -> None:
     """Train the models and write the pipeline to `out`/wan22; goes on where an earlier call stopped.
 
     Args:
         work: folder for states, latents and previews.
         out: folder that ships.
-        clips: of 9 frames, for the transformer; half as many of 17, and four times as many stills.
+        clips: of 9 frames, for the transformer; half as many of 17, and eight times as many stills.
         autoencoder_steps: of the autoencoder.
         transformer_steps: of text encoder and transformer together.
         seed: of everything random.
         report: called with a line now and then.
+        compiled: compile the transformer for stills.
+        learn_on: begin with the pipeline that is in `out`, of which text encoder and transformer learn on.
     """
-    films = draw_films(seed, FILMS, work / "films.npy")
-    autoencoder = train_video_autoencoder(films, work, steps=autoencoder_steps, seed=seed, report=report)
-    measure_latents(autoencoder, films[:MEASURED])
-    shown = [([frame], clips) for frame in STILLS] + [(pick_frames(SHORT), clips), (pick_frames(FRAMES), clips // 2)]
-    total = sum(count for _, count in shown)
-    tokenizer = train_unigram(_write_captions(seed, range(total), vary=True), work / "tokenizer_22")
-    tokenizer.model_max_length = MAX_LENGTH
+    if learn_on:
+        earlier = WanPipeline.from_pretrained(out / "wan22", torch_dtype=torch.float32)
+        autoencoder, tokenizer = earlier.vae, earlier.tokenizer
+    else:
+        autoencoder = _make_autoencoder(work, steps=autoencoder_steps, seed=seed, report=report)
+        tokenizer = train_unigram(_write_captions(seed, range(CAPTIONS), vary=True), work / "tokenizer_22")
+        tokenizer.model_max_length = MAX_LENGTH
+    stills = [([frame], clips) for frame in STILLS]
+    shown = [*stills, (pick_frames(SHORT), clips), (pick_frames(FRAMES), clips // 2), *stills]
     parts: dict[int, list[VideoLessons]] = {}
     first = 0
     for frames, count in shown:
@@ -79,16 +95,33 @@ def make_wan22(
     lessons = {length: VideoLessons.join(each) for length, each in parts.items()}
     torch.manual_seed(seed)
     models = build_video_models(tokenizer)
+    if learn_on:
+        models.load({"text": earlier.text_encoder.state_dict(), "transformer": earlier.transformer.state_dict()})
 
     def preview(weights: Weights, step: int) -> None:
         pipeline = assemble(build_video_models(tokenizer).load(weights), tokenizer, autoencoder)
         save_clip_sheet(pipeline, work / f"preview22-{step:06d}.png")
 
     train_video_transformer(
-        models, lessons, tokenizer, work, steps=transformer_steps, seed=seed, report=report, preview=preview
+        models,
+        lessons,
+        tokenizer,
+        work,
+        steps=transformer_steps,
+        seed=seed,
+        report=report,
+        preview=preview,
+        compiled=compiled,
     )
     assemble(models, tokenizer, autoencoder).to(torch.float16).save_pretrained(out / "wan22", safe_serialization=True)
     report(f"wrote {out / 'wan22'}")
+
+
+def _make_autoencoder(work: Path, *, steps: int, seed: int, report: Report) -> AutoencoderKLWan:
+    films = draw_films(seed, FILMS, work / "films.npy")
+    autoencoder = train_video_autoencoder(films, work, steps=steps, seed=seed, report=report)
+    measure_latents(autoencoder, films[:MEASURED])
+    return autoencoder
 
 
 def make_clip_judge(work: Path, out: Path, *, steps: int, seed: int, report: Report) -> None:

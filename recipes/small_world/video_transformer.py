@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +33,7 @@ BATCHES: Mapping[int, int] = {1: 48, 5: 10, 9: 5}
 """Latent frames to samples of a step, so that steps cost the same."""
 
 # Of the steps, the share that sees single frames, which cost little: looks are learned first. Then lengths take turns.
-_STILLS, _LENGTHS = 0.6, (5, 9, 5, 1)
+_STILLS, _LENGTHS = 0.7, (5, 9, 5, 1)
 
 PEAK_RATE = 1.2e-3
 WITH_PICTURE = 0.5
@@ -174,6 +175,7 @@ def train_video_transformer(
     seed: int,
     report: Report,
     preview: Callable[[Weights, int], None] | None = None,
+    compiled: bool = False,
 ) -> VideoModels:
     """Train both models; goes on where an earlier call stopped.
 
@@ -186,7 +188,9 @@ def train_video_transformer(
         seed: batches and noise.
         report: called with a line now and then.
         preview: called with the averaged weights now and then.
+        compiled: compile the transformer for single frames, which makes their steps 1.5 times as fast, and no clips'.
     """
+    of_stills: Any = torch.compile(models.transformer, dynamic=False) if compiled else models.transformer
     empty = tokenize_captions(tokenizer, [""], seed)[0]
 
     def loss_of(step: int) -> Tensor:
@@ -204,7 +208,7 @@ def train_video_transformer(
         length = _PADDED if frames > 1 and step % _TURN in _PADDED_STEPS else MAX_LENGTH
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(_FUSED if frames > 1 else _PLAIN):
             states = encode_captions(models.text, ids, length)
-            guess = guess_motion(models.transformer, noisy, times, given, states)
+            guess = guess_motion(of_stills if frames == 1 else models.transformer, noisy, times, given, states)
         error = (guess.float() - (noise - latents)).square().mean(1)
         weights = 1 + (SUBJECT_WEIGHT - 1) * lesson.shown[rows].float()
         weights[given, 0] = 0  # nothing to guess in a frame that is given

@@ -72,7 +72,7 @@ def quick(monkeypatch, untrained):
     monkeypatch.setattr(
         Wan22, "tiny_train", {**WAN22.tiny_train, "frames": FRAMES, "steps": 2, "validate_every": 1, "batch_size": 2}
     )
-    monkeypatch.setattr(Wan22, "tiny_generate", {**WAN22.tiny_generate, "frames": FRAMES, "steps": 2})
+    monkeypatch.setattr(Wan22, "tiny_generate", {**WAN22.tiny_generate, "frames": FRAMES, "fps": FPS, "steps": 2})
     yield
     vision_shipped.tiny_fingerprint.cache_clear()
 

@@ -329,7 +329,7 @@ def test_it_can_evaluate_and_tiny_has_settings_of_its_own():
     assert WAN22.default_evaluate_settings("other") == {}
     values = WAN22.default_evaluate_settings("tiny")
     settings = resolve_settings(Wan22EvaluateSettings, [Layer(source="tiny", values={**values, "prompts": ["a"]})])
-    assert (settings.image_model, settings.frames) == ("tiny", 17)
+    assert (settings.image_model, settings.frames) == ("tiny", 9)
 
 
 @pytest.mark.parametrize(

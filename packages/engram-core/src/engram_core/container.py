@@ -37,6 +37,7 @@ from engram_core.errors import (
     TargetExistsError,
     one_line,
     quote,
+    show_text,
 )
 
 _PREFIX = 8  # bytes: little-endian length of the JSON header
@@ -144,7 +145,7 @@ def open_container(path: str | os.PathLike[str]) -> Container:
         with safe_open(str(file), framework="np"):
             pass
     except (SafetensorError, OSError) as error:
-        raise AdapterFormatError(f"{label}: is not a safetensors file: {one_line(error, 300)}") from None
+        raise AdapterFormatError(f"{label}: is not a safetensors file: {show_text(one_line(error, 300))}") from None
     return container
 
 
@@ -201,7 +202,7 @@ def _parse_header(text: bytes) -> tuple[Mapping[str, str], Mapping[str, TensorIn
     try:
         header = parse_strict(text)
     except ValueError as error:
-        raise ValueError(f"header {one_line(error, 300)}") from None
+        raise ValueError(f"header {show_text(one_line(error, 300))}") from None
     if not isinstance(header, dict):
         raise ValueError(f"header is {type(header).__name__}, expected an object")
     metadata = header.pop("__metadata__", {})
@@ -401,7 +402,7 @@ def hash_buffer(buffer: bytes | mmap.mmap) -> str:
 
 
 def _label(path: str | os.PathLike[str]) -> str:
-    return str(path) if str(path).isprintable() else repr(str(path))
+    return show_text(str(path))
 
 
 def _reason(error: BaseException) -> str:

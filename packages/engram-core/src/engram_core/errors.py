@@ -24,8 +24,12 @@ def quote(value: object) -> str:
 
 
 def one_line(error: object, limit: int = 200) -> str:
-    """Return what a foreign error says for a message: on one line, printable, at most `limit` characters of it."""
-    text = " ".join(str(error).split())[:limit]
+    """Return what a foreign error says for a message: on one line, at most `limit` characters of it."""
+    return " ".join(str(error).split())[:limit]
+
+
+def show_text(text: str) -> str:
+    """Return a text for a message: as it is where all of it can be printed, else quoted."""
     return text if text.isprintable() else repr(text)
 
 

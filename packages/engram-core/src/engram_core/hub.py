@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from engram_core.card import CARD_MARK, is_repo_id, render_card
-from engram_core.errors import InputError, one_line, quote
+from engram_core.errors import InputError, one_line, quote, show_text
 from engram_core.manifest import is_printable_name
 from engram_core.opening import open_any
 
@@ -358,4 +358,4 @@ def _explain_push(hub: Any, error: Exception, repo_id: str, revision: str | None
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {one_line(error)}"
+    return f"{type(error).__name__}: {show_text(one_line(error))}"

@@ -24,6 +24,7 @@ from av.video.reformatter import ColorRange, ColorTrc, VideoReformatter
 from av.video.stream import VideoStream
 
 from engram_core import InputError
+from engram_core.errors import one_line
 from engram_video.containers import find_format
 from engram_vision.images import show_path
 
@@ -251,4 +252,4 @@ def _matrix(frame: VideoFrame) -> npt.NDArray[np.int32] | None:
 def tell_reason(error: BaseException) -> str:
     """Return what an error of FFmpeg or of the system says, on one line."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(getattr(error, "strerror", error))
-    return " ".join(text.split())[:200] or type(error).__name__
+    return one_line(text) or type(error).__name__

@@ -44,8 +44,8 @@ class Wan22(DiffusersBackbone):
     tiny_generate: Mapping[str, Any] = {
         "width": 64,
         "height": 64,
-        "frames": 17,
-        "fps": 8,
+        "frames": 9,
+        "fps": 4,
         "steps": 20,
         "guidance": 3.0,
         "batch_size": 4,

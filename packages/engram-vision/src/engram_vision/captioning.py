@@ -19,7 +19,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from engram_core import InputError, Watcher
-from engram_core.errors import one_line
+from engram_core.errors import one_line, show_text
 from engram_vision.caption_files import CLIP_SUFFIXES, CaptionFolder, Form
 from engram_vision.images import is_animated, load_picture, show_path
 from engram_vision.models import DTYPES, pick_device
@@ -360,4 +360,4 @@ def _render(processor: Any, prompt: str) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {one_line(error, 300)}"
+    return show_text(f"{type(error).__name__}: {one_line(error, 300)}")

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from engram_core import InputError
-from engram_core.errors import one_line
+from engram_core.errors import one_line, show_text
 
 __all__ = ["SUFFIXES", "Crop", "Note", "fit_square", "ignore_note", "is_animated", "load_picture", "show_path"]
 
@@ -35,7 +35,7 @@ def ignore_note(message: str) -> None:
 
 def show_path(path: Path) -> str:
     """Return a path for a message: on one line, whatever the file is called."""
-    return str(path) if str(path).isprintable() else repr(str(path))
+    return show_text(str(path))
 
 
 def load_picture(path: Path, *, resolution: int | None = None, note: Note = ignore_note) -> Image.Image:
@@ -150,4 +150,4 @@ def _to_rgb(image: Image.Image, where: str) -> Image.Image:
 
 def _reason(error: BaseException) -> str:
     text = error.strerror or str(error) if isinstance(error, OSError) else str(error)
-    return one_line(text) or type(error).__name__
+    return show_text(one_line(text) or type(error).__name__)  # decoders may quote from the file

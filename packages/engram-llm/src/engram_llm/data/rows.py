@@ -17,6 +17,7 @@ import pyarrow  # type: ignore[import-untyped]
 import pyarrow.parquet  # type: ignore[import-untyped]
 
 from engram_core import InputError
+from engram_core.errors import one_line
 
 __all__ = ["SUFFIXES", "Row", "read_rows"]
 
@@ -75,7 +76,7 @@ def read_rows(path: Path, *, text_column: str = "text", note: Note | None = None
         try:
             yield from _read_file(file, text_column)
         except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
-            reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
+            reason = one_line(getattr(error, "strerror", None) or error)
             raise InputError(f"{file}: cannot be read: {reason}") from None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -63,15 +64,14 @@ def measure_identity(subject: str, features: Features, references: Features) -> 
     return figures, alike
 
 
-def measure_drop(values: npt.ArrayLike) -> float:
+def measure_drop(values: npt.NDArray[np.floating[Any]]) -> float:
     """Return by how much values fall: the mean of the first quarter less that of the last.
 
     Args:
-        values: of the frames, in their order.
+        values: of the frames, in their order, [F].
     """
-    frames = np.asarray(values, np.float64)
-    quarter = max(1, len(frames) // 4)
-    return float(frames[:quarter].mean() - frames[-quarter:].mean())
+    quarter = max(1, len(values) // 4)
+    return float(values[:quarter].mean() - values[-quarter:].mean())
 
 
 def measure_consistency(subject: str, features: Features) -> list[Figure]:
