@@ -37,7 +37,7 @@ from vision_modes import (
     encoders_of,
 )
 
-from engram_core import Concept, IncompatibleAdaptersError, StreamSpec, extract_concepts, merge_adapters
+from engram_core import Concept, IncompatibleAdaptersError, InputError, StreamSpec, extract_concepts, merge_adapters
 from engram_core import Residual as NumpyResidual
 from engram_vision.families import family_of
 from engram_vision.loading import (
@@ -365,3 +365,11 @@ def test_states_that_were_changed_on_the_way_are_not_known_again(base, pipeline)
     if "pooled" in ahead:
         given |= {"pooled_prompt_embeds": ahead["pooled"], "negative_pooled_prompt_embeds": ahead["negative_pooled"]}
     assert draw_pictures(pipeline, None, **given) == draw_pictures(base, None, **given)
+
+
+def test_clip_skip_is_refused_where_a_trigger_fires(base_of):
+    base = base_of("sd15")
+    pipeline = copy_family(base)
+    load_engram(pipeline, site_adapter(base))
+    with pytest.raises(InputError, match="clip_skip"):
+        draw_pictures(pipeline, [TRIGGER], clip_skip=1)

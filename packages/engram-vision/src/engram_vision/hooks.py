@@ -130,23 +130,25 @@ def _edit(encoder: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
     return _edit_last(edit, matches, mask, kwargs, output)
 
 
-def _apply(edit: TextEdit, hidden: Tensor, matches: Matches, lengths: Tensor | None) -> Tensor:
-    """Return the edited states; the very same tensor when nothing fires, or when the denoiser's sites edit them."""
-    if edit.fired is None:
-        return edit.residual.apply(hidden, matches, strength=edit.strength, lengths=lengths)
-    edit.fired.remember(hidden, matches, edit.residual.editor, edit.strength, lengths)
-    return hidden
+def _apply(edit: TextEdit, hidden: Tensor, matches: Matches, lengths: Tensor | None) -> Tensor | None:
+    """Return the edited states, or the very same ones where the denoiser's sites edit them; None when nothing fires."""
+    if edit.fired is not None:
+        return hidden if edit.fired.remember(hidden, matches, edit.residual.editor, edit.strength, lengths) else None
+    edited = edit.residual.apply(hidden, matches, strength=edit.strength, lengths=lengths)
+    return None if edited is hidden else edited
 
 
 def _edit_last(edit: TextEdit, matches: Matches, mask: Tensor | None, kwargs: Mapping[str, Any], output: Any) -> Any:
     hidden = output[0]
     lengths = None if mask is None else mask.gt(0).sum(dim=-1)
     edited = _apply(edit, hidden, matches, lengths)
-    if edited is hidden:
+    if edited is None:
         return None
     if kwargs.get("output_hidden_states"):
         # A pipeline that asks for all states (clip_skip) reads another one than the memory was learned for.
         raise _other_state("last one")
+    if edited is hidden:
+        return None
     if isinstance(output, tuple):
         return (edited, *output[1:])
     return type(output)(**{**output, "last_hidden_state": edited})
@@ -160,7 +162,7 @@ def _edit_penultimate(edit: TextEdit, matches: Matches, output: Any) -> Any:
     if states is None:
         return None  # who asks for no hidden states reads none: pooled states are never edited
     edited = _apply(edit, states[-2], matches, None)
-    if edited is states[-2]:
+    if edited is None:
         return None
     replaced = _EditedStates((*states[:-2], edited, states[-1]))
     if is_tuple:

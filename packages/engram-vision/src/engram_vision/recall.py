@@ -57,8 +57,8 @@ class FiredRows:
         editor: Editor,
         strength: float | Mapping[str, float],
         lengths: Tensor | None,
-    ) -> None:
-        """Remember the rows of some states in which something fires.
+    ) -> bool:
+        """Remember the rows of some states in which something fires, and return whether there are any.
 
         Args:
             hidden: frozen states [B, L, d].
@@ -70,6 +70,7 @@ class FiredRows:
         Raises:
             InputError, AdapterFormatError: as `Editor.prepare`.
         """
+        any_fires = False
         for row in np.unique(matches.row).tolist():
             states = hidden[row : row + 1]
             length = states.shape[1] if lengths is None else int(lengths[row])
@@ -83,13 +84,14 @@ class FiredRows:
             rho = None
             if edit.relative.any():
                 rho = mean_norm(states, None if lengths is None else lengths[row : row + 1]).cpu().numpy()
-            fired = FiredRow(edit=edit, rho=rho)
+            fired, any_fires = FiredRow(edit=edit, rho=rho), True
             with self._lock:
                 for key in keys:
                     self._rows[key] = fired
                     self._rows.move_to_end(key)
                 while len(self._rows) > _KEPT * len(_TYPES):
                     self._rows.popitem(last=False)
+        return any_fires
 
     def find(self, states: Tensor) -> list[tuple[int, FiredRow]]:
         """Return which rows of some states are remembered, and what fired in each.
