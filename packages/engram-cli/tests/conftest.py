@@ -60,6 +60,7 @@ class World:
         seed=0,
         width=WIDTH,
         streams=("text",),
+        sites=None,
         backbone="example",
         base_model="none",
         **record,
@@ -67,14 +68,14 @@ class World:
         tokenizer = wrap_tokenizer(Tokenizer.from_file(str(self.folder / "tokenizer.json")), max_length=24)
         registry = build_registry(trigger, tokenizer, contexts=record.pop("contexts", [("", ""), ("a photo of ", "")]))
         noise = np.random.default_rng(seed)
-        slots = noise.normal(size=(registry.n_slots, width)).astype(np.float32)
+        spec = StreamSpec(width=width, site="last_hidden_state", tokenizer=tokenizer.spec, sites=sites)
+        slots = noise.normal(size=(registry.n_slots, *spec.shape)).astype(np.float32)
         memory = ConceptStream(
             triggers=tuple(variant.ids for variant in registry.variants),
             entries=registry.entries,
             vectors=slots[list(registry.slots)],
-            scales=noise.normal(size=width).astype(np.float32),
+            scales=noise.normal(size=spec.shape).astype(np.float32),
         )
-        spec = StreamSpec(width=width, site="last_hidden_state", tokenizer=tokenizer.spec)
         manifest = Manifest(backbone=backbone, base_model=base_model, streams=dict.fromkeys(streams, spec))
         concept = Concept(
             record=ConceptRecord(name=name, trigger=trigger, rule="absolute", **record),

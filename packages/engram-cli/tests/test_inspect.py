@@ -32,6 +32,27 @@ def test_json_holds_all_of_it(world):
     assert concept["entries"]["text"] == report["streams"]["text"]["entries"] > 1
 
 
+def test_it_shows_how_many_blocks_have_residuals_of_their_own(world):
+    sites = tuple(f"down_blocks.{number}" for number in range(16))
+    path = world.build("aldric", "Aldric Vortex", sites=sites)
+    done = world.run("inspect", path.name)
+    assert done.status == 0, done.err
+    assert "last_hidden_state, 16 blocks" in done.out
+    report = world.run("inspect", path.name, "--json").json
+    assert report["manifest"]["streams"]["text"]["sites"] == list(sites)
+    size = report["streams"]["text"]["entries"] * 16 * 8 * 4
+    assert report["streams"]["text"]["vector_bytes"] == size
+    single = world.build("brindle", "Brindle Fennimore", sites=("mid_block",))
+    assert "last_hidden_state, 1 block " in world.run("inspect", single.name).out
+    plain = world.build("mira", "Mira Voss")
+    assert "block" not in world.run("inspect", plain.name).out
+    assert "sites" not in world.run("inspect", plain.name, "--json").json["manifest"]["streams"]["text"]
+    done = world.run("merge", path, plain)
+    assert done.status == 1
+    said = "text.sites is '16 blocks' in the first and 'text' in the second"
+    assert done.err.strip() == f"error: {path} and {plain} do not merge: {said}"
+
+
 def test_long_lists_are_cut_and_say_so(world):
     files = [world.build(f"c{n}", f"Concept{n} Vortex", seed=n) for n in range(4)]
     world.run("merge", *files)

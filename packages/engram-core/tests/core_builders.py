@@ -39,13 +39,14 @@ ACTIVATIONS = ("anchored", "spans")
 DTYPES = ("f32", "f16", "bf16")
 
 
-def make_spec(width: int, **tokenizer: Any) -> StreamSpec:
+def make_spec(width: int, sites: tuple[str, ...] | None = None, **tokenizer: Any) -> StreamSpec:
     identity = {"class_name": "ToyTokenizer", "vocab_size": VOCABULARY, "fingerprint": "ab" * 32}
-    return StreamSpec(width=width, site="last_hidden_state", tokenizer=TokenizerSpec(**identity | tokenizer))
+    spec = TokenizerSpec(**identity | tokenizer)
+    return StreamSpec(width=width, site="last_hidden_state", tokenizer=spec, sites=sites)
 
 
-def make_manifest(widths: Mapping[str, int] = WIDTHS, **fields: Any) -> Manifest:
-    streams = {name: make_spec(width) for name, width in widths.items()}
+def make_manifest(widths: Mapping[str, int] = WIDTHS, sites: tuple[str, ...] | None = None, **fields: Any) -> Manifest:
+    streams = {name: make_spec(width, sites) for name, width in widths.items()}
     defaults = {"backbone": "sd15", "base_model": "toy/base", "base_fingerprint": "cd" * 32, "streams": streams}
     return Manifest(**defaults | fields)
 
@@ -85,6 +86,39 @@ def make_concept(name: str, *triggers: Ngram, streams: Sequence[str] = ("clip_l"
 
 def make_adapter(*concepts: Concept, manifest: Manifest = MANIFEST, label: str = "<memory>") -> Adapter:
     return Adapter.build(manifest, concepts, label)
+
+
+def with_sites(adapter: Adapter, sites: Mapping[str, tuple[str, ...] | None]) -> Adapter:
+    """The same concepts with other numbers at each site of some streams, which have none yet."""
+
+    def widened(name: str, stream: ConceptStream) -> ConceptStream:
+        if sites.get(name) is None:
+            return stream
+        factors = 1 - 0.25 * np.arange(len(sites[name] or ()), dtype=np.float32)[:, None]
+        return replace(stream, vectors=stream.vectors[:, None] * factors, scales=stream.scales * factors)
+
+    specs = {name: replace(spec, sites=sites.get(name)) for name, spec in adapter.manifest.streams.items()}
+    concepts = [
+        replace(concept, streams={name: widened(name, stream) for name, stream in concept.streams.items()})
+        for concept in adapter.concepts()
+    ]
+    return make_adapter(*concepts, manifest=replace(adapter.manifest, streams=specs), label=adapter.label)
+
+
+def only_site(adapter: Adapter, number: int) -> Adapter:
+    """An adapter without sites that holds what all streams hold for one of theirs."""
+    specs = {name: replace(spec, sites=None) for name, spec in adapter.manifest.streams.items()}
+    concepts = [
+        replace(
+            concept,
+            streams={
+                name: replace(stream, vectors=stream.vectors[:, number], scales=stream.scales[number])
+                for name, stream in concept.streams.items()
+            },
+        )
+        for concept in adapter.concepts()
+    ]
+    return make_adapter(*concepts, manifest=replace(adapter.manifest, streams=specs), label=adapter.label)
 
 
 def merge_of(adapter: Adapter, names: Iterable[str]) -> list[Concept]:
@@ -132,15 +166,15 @@ def ngrams(min_size: int = 2, max_size: int = 5, ids: st.SearchStrategy[int] = S
 
 @st.composite
 def concept_streams(
-    draw: st.DrawFn, width: int, max_ngram: int, ids: st.SearchStrategy[int] = SMALL_IDS
+    draw: st.DrawFn, shape: tuple[int, ...], max_ngram: int, ids: st.SearchStrategy[int] = SMALL_IDS
 ) -> ConceptStream:
     triggers = draw(st.lists(ngrams(ids=ids), min_size=1, max_size=2, unique=True))
     entries = sorted({span for trigger in triggers for span in ngram_spans(trigger, max_ngram)})
     return ConceptStream(
         triggers=tuple(triggers),
         entries=tuple(entries),
-        vectors=draw(vectors((len(entries), width))),
-        scales=draw(vectors((width,))),
+        vectors=draw(vectors((len(entries), *shape))),
+        scales=draw(vectors(shape)),
     )
 
 
@@ -153,6 +187,7 @@ def concepts(
     activations: Sequence[str] = ACTIVATIONS,
     rules: Sequence[str] = RULES,
     widths: Mapping[str, int] = WIDTHS,
+    sites: tuple[str, ...] | None = None,
 ) -> Concept:
     """A concept with random triggers, in one stream or several."""
     max_ngram = draw(st.integers(2, 4))
@@ -168,9 +203,10 @@ def concepts(
         training=draw(st.sampled_from([{}, {"steps": 5000, "nested": {"lr": 1e-3, "list": [1, None, "é"]}}])),
         license=draw(st.sampled_from([None, "CC-BY-4.0"])),
     )
+    shapes = {stream: make_spec(widths[stream], sites).shape for stream in present}
     return Concept(
         record=record,
-        streams={stream: draw(concept_streams(widths[stream], max_ngram, ids)) for stream in present},
+        streams={stream: draw(concept_streams(shapes[stream], max_ngram, ids)) for stream in present},
     )
 
 
@@ -180,8 +216,8 @@ def adapters(
 ) -> Adapter:
     """An adapter of concepts named after some of `names`; `fields` as for `concepts`."""
     chosen = draw(st.lists(st.sampled_from(names), min_size=1, max_size=max_size, unique=True))
-    widths = fields.get("widths", WIDTHS)
-    return make_adapter(*(draw(concepts(name, **fields)) for name in chosen), manifest=make_manifest(widths))
+    manifest = make_manifest(fields.get("widths", WIDTHS), fields.get("sites"))
+    return make_adapter(*(draw(concepts(name, **fields)) for name in chosen), manifest=manifest)
 
 
 @st.composite

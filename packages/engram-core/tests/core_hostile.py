@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from core_builders import VOCABULARY, make_adapter, make_concept, make_manifest
+from core_builders import VOCABULARY, make_adapter, make_concept, make_manifest, with_sites
 
 from engram_core import Adapter
 
 NUMPY_TYPES = {"U8": "u1", "I32": "<i4", "I64": "<i8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 ONE_STREAM = make_manifest({"clip_l": 3})
+SITES = ("down_blocks.0", "mid_block", "up_blocks.1")
 
 
 def one(dtype: str = "f32", name: str = "cat", first: int = 10) -> Adapter:
@@ -41,6 +42,11 @@ def several(dtype: str | None = None) -> Adapter:
         triggers = (ids, ids + 1, ids + 2), (ids + 3, ids, ids + 1)
         concepts.append(make_concept(name, *triggers, streams=streams, seed=ids, dtype=dtype or own, **fields))
     return make_adapter(*concepts)
+
+
+def sited(dtype: str | None = None) -> Adapter:
+    """The same five concepts; one of the streams has sites."""
+    return with_sites(several(dtype), {"t5": SITES})
 
 
 @dataclass

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from core_builders import make_adapter, make_concept
+from core_builders import make_adapter, make_concept, with_sites
 from core_hostile import Pieces, one
 from core_rules import RuleError, check_file
 from safetensors import safe_open
@@ -56,11 +56,12 @@ class HangError(BaseException):
 
 
 @lru_cache(maxsize=8)
-def _neighbour(two_streams: bool, dtype: str) -> Adapter:
-    """Return a good adapter that merges with every unharmed source of that vector type."""
-    if not two_streams:
-        return one(dtype, "zebra", 500)
-    return make_adapter(make_concept("yak", (700, 701, 702), streams=("clip_l", "t5"), activation="spans"))
+def _neighbour(sites: tuple[tuple[str, tuple[str, ...] | None], ...], dtype: str) -> Adapter:
+    """Return a good adapter that merges with every unharmed source of those streams and that vector type."""
+    if "t5" not in dict(sites):
+        return with_sites(one(dtype, "zebra", 500), dict(sites))
+    yak = make_concept("yak", (700, 701, 702), streams=("clip_l", "t5"), activation="spans")
+    return with_sites(make_adapter(yak), dict(sites))
 
 
 class Judge:
@@ -167,9 +168,12 @@ class Judge:
         if isinstance(matches, Exception):
             return
         self.attempt(f"find_addresses {stream}", lambda: matcher.find_addresses(prompt), allowed)
-        hidden = np.ones((2, len(prompt), table.scales.shape[1]), np.float32)
+        hidden = np.ones((2, len(prompt), table.scales.shape[-1]), np.float32)
+        site = (adapter.manifest.streams[stream].sites or (None,))[-1]
         measure, self.measure = self.measure, False  # the states are larger than any file here
-        edited = self.attempt(f"apply {stream}", lambda: Residual(adapter, stream).apply(hidden, matches), allowed)
+        edited = self.attempt(
+            f"apply {stream}", lambda: Residual(adapter, stream).apply(hidden, matches, site=site), allowed
+        )
         self.measure = measure
         if isinstance(edited, Exception) or np.isfinite(edited).all():
             return
@@ -180,7 +184,8 @@ class Judge:
     def combine(self, adapter: Adapter, broken: bool) -> None:
         """Merge and extract: exact, reversible and idempotent if the file is good, refused if it is not."""
         bad = (AdapterFormatError,)
-        neighbour = _neighbour("t5" in adapter.streams, next(iter(adapter.streams.values())).dtype)
+        sites = tuple((name, spec.sites) for name, spec in adapter.manifest.streams.items())
+        neighbour = _neighbour(sites, next(iter(adapter.streams.values())).dtype)
         if broken:
             self.attempt("merge", lambda: merge_adapters([adapter]), bad, must_fail=True)
             # Small adapters are checked many at a time.

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from core_hostile import NUMPY_TYPES, Pieces, Tensor, join, one, several
+from core_hostile import NUMPY_TYPES, Pieces, Tensor, join, one, several, sited
 
 
 class Pairs(list):
@@ -43,6 +43,7 @@ _WORDS += [
 ]
 _WORDS += ["clip_l", "t5", "\x1b[31mred", "two\nlines", "\u202eright", " outer ", "\0", "é", "e\u0301", "🙂", "x" * 300]
 _WORDS += ["x" * 3000, "__metadata__", "concepts.json", "ab" * 32, "AB" * 32, "toy/other", "last_hidden_state"]
+_WORDS += ["sites", "mid_block"]
 _RAW = ["NaN", "Infinity", "-Infinity", "1e999", "-0", "-0.0", "1.0", "1E2", "1e-400", "9" * 400, "9" * 5000, "tru"]
 _RAW += ['"\\ud800"', '"\\u0041"', '"a\\/b"', "[" * 40 + "]" * 40, "[" * 500 + "]" * 500, "[" * 100_000, "\ufeff1"]
 _RAW += ["[" * 970 + "]" * 970, '{"a":' * 90 + "0" + "}" * 90, "[" + "{}," * 20_000 + "{}]", " 1", "", "/*x*/1", "01"]
@@ -335,7 +336,7 @@ _KINDS: dict[Callable[[random.Random, bytes], bytes], int] = {
 def sources() -> list[bytes]:
     """Return the valid adapters that mutants are made from."""
     adapters = [one(), one("f16"), one("bf16"), several()]
-    adapters += [several("f32"), several("f16"), several("bf16")]
+    adapters += [several("f32"), several("f16"), several("bf16"), sited()]
     return [adapter.to_bytes() for adapter in adapters]
 
 

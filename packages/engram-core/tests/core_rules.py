@@ -102,13 +102,21 @@ def check_manifest(manifest: Any) -> None:
     expect(base["fingerprint"] is None or is_hash(base["fingerprint"]), "model fingerprint")
     expect(isinstance(streams, dict) and streams and all(map(is_name, streams)), "streams are named")
     for stream in streams.values():
-        expect(isinstance(stream, dict) and set(stream) == {"site", "tokenizer", "width"}, "stream fields")
+        expect(isinstance(stream, dict) and set(stream) - {"sites"} == {"site", "tokenizer", "width"}, "stream fields")
+        if "sites" in stream:
+            check_sites(stream["sites"])
         expect(is_name(stream["site"]) and is_count(stream["width"], 1, 1 << 20), "site and width")
         tokenizer = stream["tokenizer"]
         expect(isinstance(tokenizer, dict), "a tokenizer is an object")
         expect(set(tokenizer) == {"class", "fingerprint", "vocab_size"}, "tokenizer fields")
         expect(is_text(tokenizer["class"]) and is_hash(tokenizer["fingerprint"]), "tokenizer identity")
         expect(is_count(tokenizer["vocab_size"], 1, 1 << 31), "vocabulary size")
+
+
+def check_sites(sites: Any) -> None:
+    expect(isinstance(sites, list) and 1 <= len(sites) <= 1024, "1 to 1,024 sites")
+    named = [isinstance(site, str) and re.fullmatch("[a-z][a-z0-9_.]{0,127}", site) is not None for site in sites]
+    expect(all(named) and len(set(sites)) == len(sites), "sites are named, each once")
 
 
 def read_records(pieces: Pieces) -> list[bytes]:
@@ -137,12 +145,14 @@ def check_stream(pieces: Pieces, name: str, stream: Any, records: list[Any]) -> 
     triggers = read_column(pieces, f"{name}.triggers", stream, len(records))
     expect(entries, "a stream has entries")
     expect({c for c, _ in entries} == {c for c, _ in triggers}, "entries and triggers of the same concepts")
-    expect(vectors.shape == [len(entries), stream["width"]], "one vector an entry")
-    expect(scales.dtype == "F32" and scales.shape == [len(records), stream["width"]], "one scale a concept")
+    shape = [len(stream["sites"]), stream["width"]] if "sites" in stream else [stream["width"]]
+    expect(vectors.shape == [len(entries), *shape], "one vector an entry and site")
+    expect(scales.dtype == "F32" and scales.shape == [len(records), *shape], "one scale a concept and site")
     held = {concept for concept, _ in entries}
     dtypes = {records[concept]["dtype"] for concept in held}
     expect(vectors.dtype == VECTOR_TYPES[dtypes.pop() if len(dtypes) == 1 else "f32"], "vectors are of the widest type")
-    width, size = stream["width"], len(vectors.data) // (len(entries) * stream["width"])
+    width = math.prod(shape)
+    size = len(vectors.data) // (len(entries) * width)
     for row, (concept, _) in enumerate(entries):
         for at in range(row * width, (row + 1) * width):
             check_number(vectors.data[at * size : (at + 1) * size], vectors.dtype, records[concept]["dtype"])

@@ -4,7 +4,7 @@ import ast
 import shlex
 
 import pytest
-from core_builders import law, make_adapter, make_concept, make_manifest
+from core_builders import law, make_adapter, make_concept, make_manifest, with_sites
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -115,6 +115,11 @@ def test_an_unknown_backbone_gets_the_command_line_alone():
     assert front["tags"] == ["engram", "concept-table", "other"]
     assert "pipeline_tag" not in front
     assert "instance_prompt" not in front
+
+
+def test_blocks_with_residuals_of_their_own_are_counted():
+    adapter = with_sites(make_adapter(ant()), {"clip_l": ("down", "mid", "up")})
+    assert "| clip_l | 3 | last_hidden_state, 3 blocks | ToyTokenizer | 1,000 |" in render_card(adapter, repo_id=REPO)
 
 
 @pytest.mark.parametrize("base", ["tiny", "./owner/base", "/data/models/base", "a b", "x/y/z", "folder/m.safetensors"])

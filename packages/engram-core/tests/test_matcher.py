@@ -1,5 +1,6 @@
 """Which entries fire where, against the plain oracle; hostile ids; locality."""
 
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -100,6 +101,19 @@ def test_a_prompt_alone_fires_as_in_any_batch(adapter, row):
         middle = batch.row == 1
         for column in ("entry", "start", "length", "concept"):
             assert getattr(batch, column)[middle].tolist() == getattr(alone, column).tolist()
+
+
+@law
+@given(adapter=adapters(), rows=prompts())
+def test_the_matches_of_a_row_are_those_of_its_prompt_alone(adapter, rows):
+    for stream in adapter.streams:
+        matcher = Matcher(adapter, stream)
+        together = matcher.match(rows)
+        for number, row in enumerate(rows):
+            found, alone = together.of_row(number), matcher.match([row])
+            for field in dataclasses.fields(alone):
+                assert getattr(found, field.name).tolist() == getattr(alone, field.name).tolist()
+        assert not len(together.of_row(len(rows)))
 
 
 @law

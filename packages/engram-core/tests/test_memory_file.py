@@ -517,6 +517,7 @@ HUGE = 1 << 62
         ("memory.pad_id", -1, "pad_id is -1, expected a token id"),
         ("streams.text.width", 5, "expected F32 or F16 or BF16 [5, 8]"),
         ("streams.text.width", 0, "streams.text.width is 0"),
+        ("streams.text.sites", ["mid_block"], "streams.text has an unknown field 'sites'"),
         ("streams.text", None, "streams is {}, expected at least one stream"),
         ("backbone", None, "manifest lacks the field 'backbone'"),
         ("base_model.id", "", "base_model.id is ''"),

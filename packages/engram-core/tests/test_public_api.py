@@ -194,13 +194,15 @@ def test_the_torch_module_has_names_of_its_own():
     import engram_core.torch as twin
 
     assert list(twin.__all__) == [
+        "Delta",
         "Residual",
         "TrainableConcept",
         "TrainableStream",
-        "add_terms",
+        "add_delta",
         "entry_terms",
         "match_tensor",
         "mean_norm",
+        "sum_terms",
     ]
     for name in twin.__all__:
         assert inspect.getdoc(getattr(twin, name))

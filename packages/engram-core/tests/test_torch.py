@@ -63,6 +63,35 @@ def test_the_very_same_tensor_when_nothing_fires(dtype):
     assert residual.apply(hidden, matcher.match([[3, 4]])) is hidden
     assert residual.apply(hidden, matcher.match([[1, 2]]), strength=0) is hidden
     assert residual.apply(hidden, matcher.match([[1, 2]]), strength={"cat": 0.0}) is hidden
+    assert residual.delta(hidden, NO_MATCHES) is None
+    assert residual.delta(hidden, matcher.match([[1, 2]]), strength=0) is None
+    assert twin.add_delta(hidden, None) is hidden
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_a_delta_says_what_is_added_and_where(dtype):
+    values = {"entries": [(1, 2)], "vectors": [[0.1, 1 / 3, 2.0**-20]], "scales": [1, 1, 1]}
+    adapter = make_adapter(make_concept("cat", (1, 2), **values))
+    hidden = torch.full((2, 3, 3), -0.0, dtype=dtype)
+    residual, matches = twin.Residual(adapter, "clip_l"), Matcher(adapter, "clip_l").match([[0, 1, 2], [1, 2, 0]])
+    delta = residual.delta(hidden, matches, strength=2.0)
+    assert list(zip(delta.row.tolist(), delta.position.tolist(), strict=True)) == [(0, 1), (0, 2), (1, 0), (1, 1)]
+    assert delta.values.dtype == torch.float32
+    assert torch.equal(delta.values, 2 * torch.tensor(values["vectors"]).expand(4, 3))
+    found = twin.add_delta(hidden, delta)
+    word = torch.int32 if dtype == torch.float32 else torch.int16
+    assert torch.equal(found.view(word), residual.apply(hidden, matches, strength=2.0).view(word))
+    assert torch.equal(hidden, torch.zeros_like(hidden))
+    assert bool(hidden.signbit().all())
+
+
+def test_a_delta_passes_gradients_to_the_states_and_to_what_is_added():
+    hidden, values = torch.randn(1, 3, 3, requires_grad=True), torch.randn(2, 3, requires_grad=True)
+    delta = twin.Delta(row=torch.tensor([0, 0]), position=torch.tensor([0, 2]), values=values)
+    weight = torch.randn(1, 3, 3)
+    (twin.add_delta(hidden, delta) * weight).sum().backward()
+    assert torch.equal(hidden.grad, weight)
+    assert torch.equal(values.grad, weight[0, [0, 2]])
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -179,7 +208,8 @@ def train_step(rules, overlap="sum", dtype=torch.float32):
         terms = twin.entry_terms(vectors, scales, edit.rules)[torch.from_numpy(edit.which)]
         rho = twin.mean_norm(hidden)[torch.from_numpy(edit.matches.row)]
         terms = torch.where(torch.from_numpy(edit.relative)[:, None], terms * rho[:, None], terms)
-        return (twin.add_terms(hidden.to(dtype), edit, terms).float() * weight).sum()
+        edited = twin.add_delta(hidden.to(dtype), twin.sum_terms(edit, terms))
+        return (edited.float() * weight).sum()
 
     return loss, vectors, scales
 

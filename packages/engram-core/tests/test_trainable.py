@@ -48,6 +48,11 @@ def states(*texts, seed=0, dtype=torch.float32):
     return torch.randn(len(texts), LENGTH, WIDTH, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+def edited(stream, hidden, ids, *lengths):
+    """The states as training edits them."""
+    return twin.add_delta(hidden, stream(hidden, ids, *lengths))
+
+
 def visit_all(stream):
     for variant in stream.registry.variants:
         stream(states(variant.example[:LENGTH]), read(variant.example)[:, :LENGTH])
@@ -64,7 +69,7 @@ def test_states_in_training_are_those_of_the_adapter_bit_for_bit(rule, activatio
     concept.record = ConceptRecord(name="cat", trigger=TRIGGER, rule=rule, activation=activation, overlap=overlap)
     hidden, ids = states(*TEXTS, dtype=dtype), read(*TEXTS)
     with torch.no_grad():
-        trained = concept({"clip_l": (hidden, ids)})["clip_l"]
+        trained = twin.add_delta(hidden, concept({"clip_l": (hidden, ids)})["clip_l"])
     visit_all(stream)
     adapter = make_adapter(concept.snapshot())
     matches = Matcher(adapter, "clip_l").match(ids.numpy())
@@ -86,7 +91,7 @@ def test_any_trigger_acts_as_its_adapter(trigger, max_ngram, overlap):
     ids = read(trigger, trigger.upper(), f"x{trigger}y"[:LENGTH])
     hidden = states("", "", "")
     with torch.no_grad():
-        trained = stream(hidden, ids)
+        trained = edited(stream, hidden, ids)
     visit_all(stream)
     adapter = make_adapter(twin.TrainableConcept(record, {"clip_l": stream}).snapshot())
     expected = twin.Residual(adapter, "clip_l").apply(hidden, Matcher(adapter, "clip_l").match(ids.numpy()))
@@ -103,14 +108,16 @@ def test_the_mean_norm_counts_the_lengths_that_are_given():
     matches = Matcher(adapter, "clip_l").match(ids.numpy())
     expected = twin.Residual(adapter, "clip_l").apply(hidden, matches, lengths=lengths)
     with torch.no_grad():
-        assert torch.equal(stream(hidden, ids, lengths), expected)
-        assert not torch.equal(stream(hidden, ids), expected)
+        assert torch.equal(edited(stream, hidden, ids, lengths), expected)
+        assert not torch.equal(edited(stream, hidden, ids), expected)
 
 
 def test_the_very_same_tensor_comes_back_when_nothing_fires():
     stream = make_stream()
     hidden = states("a dog")
-    assert stream(hidden, read("a dog")) is hidden
+    assert stream(hidden, read("a dog")) is None
+    assert edited(stream, hidden, read("a dog")) is hidden
+    assert make_concept()({"t5": (hidden, read("a dog"))}) == {"t5": None}
     assert not stream.visited.any()
 
 
@@ -120,7 +127,7 @@ def test_gradients_reach_what_fired_and_nothing_else(rule):
     hidden, ids, weight = states(""), read(LIGATURE), states("", seed=1)
 
     def loss():
-        return (stream(hidden, ids) * weight).sum()
+        return (edited(stream, hidden, ids) * weight).sum()
 
     loss().backward()
     fired = sorted(stream.registry.slots_of(stream.registry.variants[0]))
@@ -142,12 +149,12 @@ def test_gradients_reach_what_fired_and_nothing_else(rule):
 def test_variants_of_one_length_learn_together():
     stream = make_stream()
     lower, upper = (states("a cat"), read("a cat")), (states("a cat"), read("A CAT"))
-    assert torch.equal(stream(*lower), stream(*upper))
-    stream(*upper).sum().backward()
+    assert torch.equal(edited(stream, *lower), edited(stream, *upper))
+    edited(stream, *upper).sum().backward()
     alone = stream.vectors.grad.clone()
     stream.vectors.grad = None
     hidden, ids = (torch.cat(pair) for pair in zip(lower, upper, strict=True))
-    stream(hidden, ids).sum().backward()
+    edited(stream, hidden, ids).sum().backward()
     assert torch.allclose(stream.vectors.grad, 2 * alone, rtol=1e-5)
 
 
@@ -193,8 +200,8 @@ def test_streams_are_edited_by_name_and_a_record_may_be_given_at_the_end():
     concept = make_concept()
     hidden, ids = states(*TEXTS), read(*TEXTS)
     found = concept({"t5": (hidden, ids), "clip_l": (hidden, ids)})
-    assert torch.equal(found["t5"], concept.stream("t5")(hidden, ids))
-    assert not torch.equal(found["t5"], found["clip_l"])
+    assert torch.equal(found["t5"].values, concept.stream("t5")(hidden, ids).values)
+    assert not torch.equal(found["t5"].values, found["clip_l"].values)
     for name in ("clip_l", "t5"):
         visit_all(concept.stream(name))
     record = ConceptRecord(name="dog", trigger=TRIGGER, rule="absolute", training={"steps": 3})
@@ -220,5 +227,6 @@ def test_first_values_must_fit(more, width, scales):
     registry = build_registry(TRIGGER, byte_tokenizer())
     record = ConceptRecord(name="cat", trigger=TRIGGER, rule="absolute")
     vectors = torch.zeros(registry.n_slots + more, width)
-    with pytest.raises(InputError, match=rf"\[{registry.n_slots + more}, {width}\].*\[{scales}\].*of width {WIDTH}"):
+    said = rf"\[{registry.n_slots + more}, {width}\].*\[{scales}\].*{registry.n_slots} vectors of shape \[{WIDTH}\]"
+    with pytest.raises(InputError, match=said):
         twin.TrainableStream(record, registry, make_spec(WIDTH), vectors, torch.zeros(scales))

@@ -19,6 +19,7 @@ from torch import Tensor
 from wan_models import TRIGGER
 
 from engram_core import Watcher
+from engram_core.torch import add_delta
 from engram_video.clips import read_clip
 from engram_video.families import WAN22 as FAMILY
 from engram_video.frames import sample_indices
@@ -160,7 +161,7 @@ def build_step(task: Task, sample: Sample) -> Step:
         latents, texts = draw()
         states = texts.states.to(device)
         if task.kind == "engram":
-            states = prepared.concept({"umt5": (states, texts.ids, texts.lengths)})["umt5"]
+            states = add_delta(states, prepared.concept({"umt5": (states, texts.ids, texts.lengths)})["umt5"])
         times = objective.spread_times(len(latents), random).to(device)
         conditions = prepared.conditioner({"umt5": states}, {})
         with torch.autocast(device.type, dtype, enabled=mixes):

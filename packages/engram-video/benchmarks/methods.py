@@ -238,6 +238,7 @@ def _lora(rate: float, where: str, projections: Sequence[str]) -> Method:
 ENGRAM = Method(name="engram", learn=learn_engram, open=open_engram)
 METHODS = (
     ENGRAM,
+    replace(ENGRAM, name="engram, a residual for each block", settings=lambda _: {"sites": "blocks"}),
     replace(ENGRAM, name="published, rates to scale", settings=lambda steps: publish(steps, stretch=True)),
     replace(ENGRAM, name="published, rates as they are", settings=lambda steps: publish(steps, stretch=False)),
     *(_lora(rate, "", ALL) for rate in (1e-3, 3e-3, 1e-2)),

@@ -20,6 +20,7 @@ from timed import Sample, Step, Stopwatch, count_values, main, measure_model, ti
 from torch import Tensor
 
 from engram_core import Watcher
+from engram_core.torch import add_delta
 from engram_vision.backbone import ImageBackbone
 from engram_vision.conditions import Conditioner
 from engram_vision.dataset import CaptionedImage
@@ -178,7 +179,9 @@ def build_uncached_engram(task: Task, sample: Sample) -> Step:
         chosen = data.draw()
         latents = frozen.encode(data.pixels[chosen])
         states, pooled = read_texts(readers, [data.captions[at] for at in chosen.tolist()], frozen.device)
-        frozen.loss(latents, concept(states), pooled).backward()
+        deltas = concept(states)
+        edited = {stream: add_delta(parts[0], deltas[stream]) for stream, parts in states.items()}
+        frozen.loss(latents, edited, pooled).backward()
         for parameter in (*learned[0], *learned[1]):
             torch.nn.utils.clip_grad_norm_(parameter, 1.0)
         optimizer.step()

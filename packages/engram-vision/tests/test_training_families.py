@@ -22,7 +22,7 @@ from vision_families import (
 )
 
 from engram_core import ConceptRecord, InputError, StreamSpec, open_adapter
-from engram_core.torch import TrainableStream
+from engram_core.torch import TrainableStream, add_delta
 from engram_core.training.metrics import read_metrics
 from engram_vision.dataset import CaptionedImage, read_dataset
 from engram_vision.families import SD35, family_of
@@ -161,7 +161,8 @@ def plain_losses(base, run, batch, data):
             output = getattr(base, part.encoder)(ids, output_hidden_states=stream != "t5")
         states[stream] = (output[0] if stream == "t5" else output.hidden_states[-2], ids)
         pooled[stream] = getattr(output, "text_embeds", None)
-    edited = run.model(states)
+    deltas = run.model(states)
+    edited = {stream: add_delta(parts[0], deltas[stream]) for stream, parts in states.items()}
     clip = torch.cat([edited["clip_l"], edited["clip_g"]], dim=-1)
     if family is SD35:
         share = batch.times[:, None, None, None]
@@ -256,7 +257,7 @@ def test_in_every_stream_a_trigger_begins_near_the_words_that_describe_it(base, 
         length, n_words = (len(reader.tokenizer.encode(text)) for text in (TRIGGER, words))
         target = theirs[0, before : before + n_words][torch.linspace(0, n_words - 1, length).round().long()]
         with torch.no_grad():
-            edited = learner(own, ids_in(base, stream, [TRIGGER]))
+            edited = add_delta(own, learner(own, ids_in(base, stream, [TRIGGER])))
         far, near = (float((one[0, before : before + length] - target).norm()) for one in (own, edited))
         assert near < (0.99 if rule == "relative" else 0.75) * far
 

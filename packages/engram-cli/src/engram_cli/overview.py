@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from engram_cli.messages import count, format_size, printable, show, show_columns, show_json, show_note
-from engram_core import Adapter
+from engram_core import Adapter, StreamSpec
 
 _FEW = 5  # cases of interference shown one by one
 _SLOW = 1 << 26  # bytes that take a noticeable time to check
@@ -40,7 +40,7 @@ def show_adapter(adapter: Adapter, *, quick: bool, limit: int, as_json: bool) ->
         [
             (
                 name,
-                manifest.streams[name].site,
+                _name_site(manifest.streams[name]),
                 str(manifest.streams[name].width),
                 str(len(table.concept)),
                 str(len(table.trigger_concept)),
@@ -64,6 +64,10 @@ def show_adapter(adapter: Adapter, *, quick: bool, limit: int, as_json: bool) ->
         show_note(f"{what} on any registered n-gram, in unrelated text too (activation spans); see --against")
     if not quick and len(adapter) > 1:
         _show_interference(adapter)
+
+
+def _name_site(spec: StreamSpec) -> str:
+    return spec.site if spec.sites is None else f"{spec.site}, {count(len(spec.sites), 'block')}"
 
 
 def _concept_row(adapter: Adapter, index: int) -> tuple[str, ...]:

@@ -111,7 +111,7 @@ class Adapter:
         arrays[RECORDS] = "U8", np.frombuffer(b"".join(texts), np.uint8)
         arrays[RECORD_OFFSETS] = "I64", pack_offsets([len(text) for text in texts])
         for name, spec in manifest.streams.items():
-            arrays.update(pack_stream(name, spec.width, ordered))
+            arrays.update(pack_stream(name, spec, ordered))
         buffer = io.BytesIO()
         shapes = {key: (dtype, array.shape) for key, (dtype, array) in arrays.items()}
         try:

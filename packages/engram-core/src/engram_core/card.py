@@ -319,7 +319,7 @@ def _describe_base(manifest: Manifest) -> str:
         [
             show_text(name),
             str(spec.width),
-            show_text(spec.site),
+            show_text(spec.site) + (f", {len(spec.sites)} blocks" if spec.sites else ""),
             show_text(spec.tokenizer.class_name),
             f"{spec.tokenizer.vocab_size:,}",
         ]

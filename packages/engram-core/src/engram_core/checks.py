@@ -5,6 +5,7 @@ Shapes: C concepts, K entries, V trigger variants, d width of the stream.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -117,7 +118,7 @@ def check_fits(stored: npt.NDArray[Any], dtype: str, narrower: str, where: str) 
 
 
 def _blocks(stored: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
-    step = max(1, _VALUES // stored.shape[1])
+    step = max(1, _VALUES // math.prod(stored.shape[1:]))
     return (stored[first : first + step] for first in range(0, len(stored), step))
 
 

@@ -149,8 +149,8 @@ class ConceptStream:
     Attributes:
         triggers: V token variants of the full trigger.
         entries: K n-grams, each once.
-        vectors: float32 [K, d], one memory vector an entry.
-        scales: float32 [d], one scale a channel.
+        vectors: float32 [K, d], one memory vector an entry; with S sites [K, S, d].
+        scales: float32 [d], one scale a channel; with S sites [S, d].
     """
 
     triggers: tuple[Ngram, ...]

@@ -1,6 +1,6 @@
 """The layout of the file: which header fields and tensors a concept table has, packed and read.
 
-Shapes: C concepts; per stream K entries, V trigger variants, d width.
+Shapes: C concepts; per stream K entries, V trigger variants, d width, S sites; without sites their axis is missing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from engram_core.canonical import dump_canonical, parse_canonical
 from engram_core.concept import Concept
 from engram_core.container import Container
 from engram_core.errors import AdapterFormatError, InputError, quote
-from engram_core.manifest import Manifest
+from engram_core.manifest import Manifest, StreamSpec
 from engram_core.registry import Ngram
 from engram_core.storage import CONTAINER_NAMES, decode_vectors, encode_vectors, widest
 
@@ -40,9 +40,9 @@ class StreamTable:
         ids: int32, the token ids of all entries, end to end.
         offsets: int64 [K+1], where each entry's ids begin.
         concept: int32 [K], the concept of each entry, ascending.
-        vectors: stored bits [K, d]: float32, float16, or uint16 holding bfloat16.
+        vectors: stored bits [K, d] or [K, S, d]: float32, float16, or uint16 holding bfloat16.
         dtype: `f32`, `f16` or `bf16`.
-        scales: float32 [C, d].
+        scales: float32 [C, d] or [C, S, d].
         trigger_ids: int32, the token ids of all trigger variants.
         trigger_offsets: int64 [V+1].
         trigger_concept: int32 [V], ascending.
@@ -75,13 +75,13 @@ class StreamTable:
         return _ngrams(self.trigger_ids, self.trigger_offsets, rows)
 
 
-# The tensors of a stream: attribute, name in the file, type (None: a vector type), shape in C, K, V, d (None: free).
+# The tensors of a stream: attribute, name in the file, type (None: a vector type), shape in C, K, V, S, d (None: free).
 _COLUMNS: tuple[tuple[str, str, str | None, tuple[str | None, ...]], ...] = (
     ("ids", "entries.ids", "I32", (None,)),
     ("offsets", "entries.offsets", "I64", ("K+1",)),
     ("concept", "entries.concept", "I32", ("K",)),
-    ("vectors", "vectors", None, ("K", "d")),
-    ("scales", "scales", "F32", ("C", "d")),
+    ("vectors", "vectors", None, ("K", "S", "d")),
+    ("scales", "scales", "F32", ("C", "S", "d")),
     ("trigger_ids", "triggers.ids", "I32", (None,)),
     ("trigger_offsets", "triggers.offsets", "I64", ("V+1",)),
     ("trigger_concept", "triggers.concept", "I32", ("V",)),
@@ -104,12 +104,12 @@ def pack_offsets(lengths: Iterable[int]) -> npt.NDArray[np.int64]:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(values, dtype=np.int64)])
 
 
-def pack_stream(name: str, width: int, concepts: list[Concept]) -> dict[str, tuple[str, npt.NDArray[Any]]]:
+def pack_stream(name: str, spec: StreamSpec, concepts: list[Concept]) -> dict[str, tuple[str, npt.NDArray[Any]]]:
     """Return the tensors of one stream: name to (container type, array)."""
     entries: list[tuple[int, Ngram]] = []
     triggers: list[tuple[int, Ngram]] = []
     vectors: list[npt.NDArray[np.float32]] = []
-    scales = np.zeros((len(concepts), width), "<f4")
+    scales = np.zeros((len(concepts), *spec.shape), "<f4")
     dtype = widest({concept.record.dtype for concept in concepts if name in concept.streams})
     for index, concept in enumerate(concepts):
         stream = concept.streams.get(name)
@@ -117,8 +117,8 @@ def pack_stream(name: str, width: int, concepts: list[Concept]) -> dict[str, tup
             continue
         k = len(stream.entries)
         where = f"concept {concept.name!r}, stream {name!r}"
-        table = _as_floats(stream.vectors, (k, width), f"{where}: vectors")
-        scale = _as_floats(stream.scales, (width,), f"{where}: scales")
+        table = _as_floats(stream.vectors, (k, *spec.shape), f"{where}: vectors")
+        scale = _as_floats(stream.scales, spec.shape, f"{where}: scales")
         order = sorted(range(k), key=lambda row: (len(stream.entries[row]), stream.entries[row]))
         entries += [(index, stream.entries[row]) for row in order]
         triggers += [(index, ids) for ids in sorted(stream.triggers, key=lambda ids: (len(ids), ids))]
@@ -126,7 +126,7 @@ def pack_stream(name: str, width: int, concepts: list[Concept]) -> dict[str, tup
         rounded = decode_vectors(encode_vectors(table[order], concept.record.dtype), concept.record.dtype)
         vectors.append(rounded)
         scales[index] = scale
-    stacked = np.concatenate(vectors) if vectors else np.zeros((0, width), "<f4")
+    stacked = np.concatenate(vectors) if vectors else np.zeros((0, *spec.shape), "<f4")
     columns: dict[str, tuple[str, npt.NDArray[Any]]] = {
         "vectors": (CONTAINER_NAMES[dtype], encode_vectors(stacked, dtype)),
         "scales": ("F32", scales),
@@ -214,19 +214,24 @@ def read_streams(container: Container, manifest: Manifest, n_concepts: int) -> d
         raise AdapterFormatError(f"{container.label}: has an unknown tensor {quote(min(unknown))}")
     streams = {}
     for name, spec in manifest.streams.items():
+        axes = {
+            column: tuple(axis for axis in shape if axis != "S" or spec.sites is not None)
+            for _, column, _, shape in _COLUMNS
+        }
         columns = {
-            attribute: _column(container, f"{name}.{column}", dtype, len(shape))
-            for attribute, column, dtype, shape in _COLUMNS
+            attribute: _column(container, f"{name}.{column}", dtype, len(axes[column]))
+            for attribute, column, dtype, _ in _COLUMNS
         }
         sizes = {
             "C": n_concepts,
             "K": len(columns["concept"]),
             "V": len(columns["trigger_concept"]),
             "d": spec.width,
+            "S": len(spec.sites or ()),
         }
         sizes |= {"K+1": sizes["K"] + 1, "V+1": sizes["V"] + 1}
-        for attribute, column, _, shape in _COLUMNS:
-            for axis, size in enumerate(shape):
+        for attribute, column, _, _ in _COLUMNS:
+            for axis, size in enumerate(axes[column]):
                 found = columns[attribute].shape[axis]
                 if size is not None and found != sizes[size]:
                     raise AdapterFormatError(

@@ -15,6 +15,8 @@ _NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _MAX_WIDTH = 1 << 20
 _MAX_VOCABULARY = 1 << 31  # ids are int32
+_MAX_SITES = 1 << 10
+_SITE_NAME = re.compile(r"[a-z][a-z0-9_.]{0,127}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,11 +27,19 @@ class StreamSpec:
         width: d, channels of the edited states.
         site: which of the encoder's states the generator reads, e.g. `last_hidden_state`.
         tokenizer: identity of the stream's tokenizer.
+        sites: names of the S places of the generator that read these states, each with a residual of its own, in the
+            order of the vectors; None where one residual serves all of them.
     """
 
     width: int
     site: str
     tokenizer: TokenizerSpec
+    sites: tuple[str, ...] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one memory vector: (d,), or (S, d) with sites."""
+        return (self.width,) if self.sites is None else (len(self.sites), self.width)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +74,13 @@ class Manifest:
             where, spec = f"streams.{name}", stream.tokenizer
             _require(_is_count(stream.width, _MAX_WIDTH), f"{where}.width", stream.width, f"1..{_MAX_WIDTH}")
             _require(_matches(_NAME, stream.site), f"{where}.site", stream.site, "a lower-case name")
+            if stream.sites is not None:
+                _require(isinstance(stream.sites, tuple), f"{where}.sites", stream.sites, "a tuple of names")
+                count = len(stream.sites)
+                _require(_is_count(count, _MAX_SITES), f"{where}.sites", f"{count} names", f"1..{_MAX_SITES} names")
+                for site in stream.sites:
+                    _require(_matches(_SITE_NAME, site), f"{where}.sites", site, "names in lower case, with dots")
+                _require(len({*stream.sites}) == count, f"{where}.sites", list(stream.sites)[:4], "each name once")
             _require(
                 is_printable_name(spec.class_name),
                 f"{where}.tokenizer.class",
@@ -98,6 +115,8 @@ class Manifest:
                         "vocab_size": stream.tokenizer.vocab_size,
                     },
                     "width": stream.width,
+                    # Left out where there are none, so that such files keep their bytes and their identity.
+                    **({} if stream.sites is None else {"sites": list(stream.sites)}),
                 }
                 for name, stream in self.streams.items()
             },
@@ -116,7 +135,8 @@ class Manifest:
         for name, item in root["streams"].items():
             _require(_matches(_NAME, name), "streams", name, "lower-case stream names")
             where = f"streams.{name}"
-            stream = take_fields(item, where, {"site": str, "tokenizer": dict, "width": int})
+            optional: dict[str, type] = {"sites": list} if isinstance(item, dict) and "sites" in item else {}
+            stream = take_fields(item, where, {"site": str, "tokenizer": dict, "width": int, **optional})
             spec = take_fields(
                 stream["tokenizer"],
                 f"{where}.tokenizer",
@@ -125,7 +145,8 @@ class Manifest:
             tokenizer = TokenizerSpec(
                 class_name=spec["class"], vocab_size=spec["vocab_size"], fingerprint=spec["fingerprint"]
             )
-            streams[name] = StreamSpec(width=stream["width"], site=stream["site"], tokenizer=tokenizer)
+            sites = tuple(stream["sites"]) if optional else None
+            streams[name] = StreamSpec(width=stream["width"], site=stream["site"], tokenizer=tokenizer, sites=sites)
         return cls(
             backbone=root["backbone"],
             base_model=base["id"],

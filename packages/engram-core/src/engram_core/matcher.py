@@ -53,6 +53,21 @@ class Matches:
         concepts: list[int] = np.unique(self.concept).tolist()
         return concepts
 
+    def of_row(self, row: int) -> Matches:
+        """Return what fires in one prompt, as a batch of its own."""
+        here, shown = self.row == row, self.trigger_row == row
+        return Matches(
+            row=np.zeros(int(here.sum()), np.int64),
+            start=self.start[here],
+            length=self.length[here],
+            entry=self.entry[here],
+            concept=self.concept[here],
+            trigger_row=np.zeros(int(shown.sum()), np.int64),
+            trigger_start=self.trigger_start[shown],
+            trigger_length=self.trigger_length[shown],
+            trigger_concept=self.trigger_concept[shown],
+        )
+
 
 _NONE = np.zeros(0, np.int64)
 NO_MATCHES = Matches(

@@ -550,6 +550,8 @@ def _parse(text: str) -> tuple[Manifest, MemoryRecord]:
     manifest = Manifest.from_json({name: item for name, item in value.items() if name not in own})
     if set(manifest.streams) != {_STREAM}:
         raise InputError(f"streams are {', '.join(manifest.streams)}, expected {_STREAM!r} alone")
+    if manifest.streams[_STREAM].sites is not None:
+        raise InputError(f"streams.{_STREAM} has an unknown field 'sites'; a hashed memory's layers are its places")
     return manifest, MemoryRecord(
         name=root["name"],
         settings=MemorySettings.from_json(root["memory"]),

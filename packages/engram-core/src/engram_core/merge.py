@@ -8,6 +8,7 @@ Vectors go from file to file in pieces; memory holds the index alone, however ma
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -194,8 +195,8 @@ def _write(
             for column, array in columns.items():
                 arrays[f"{name}.{prefix}.{column}"] = ("I64" if column == "offsets" else "I32"), array
         dtype = widest(_dtypes(parts, holders))
-        shapes[f"{name}.vectors"] = CONTAINER_NAMES[dtype], (len(entries["concept"]), spec.width)
-        shapes[f"{name}.scales"] = "F32", (len(members), spec.width)
+        shapes[f"{name}.vectors"] = CONTAINER_NAMES[dtype], (len(entries["concept"]), *spec.shape)
+        shapes[f"{name}.scales"] = "F32", (len(members), *spec.shape)
         copies += _plan_copies(name, holders, dtype)
     shapes |= {key: (dtype, array.shape) for key, (dtype, array) in arrays.items()}
     writer = ContainerWriter(target, pack_metadata(replace(manifest, streams=streams)), shapes)
@@ -261,7 +262,7 @@ def _plan_copies(name: str, holders: list[tuple[_Run, PartStream]], dtype: str) 
     new = STORED_TYPES[dtype].itemsize
     for run, stream in holders:
         first, last = (int(stream.entries.bounds[index]) for index in (run.first, run.last))
-        old, width = STORED_TYPES[stream.dtype].itemsize, stream.width
+        old, width = STORED_TYPES[stream.dtype].itemsize, math.prod(stream.shape)
         copies.append(
             _Copy(
                 part=run.part,

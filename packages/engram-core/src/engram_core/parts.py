@@ -46,12 +46,12 @@ class PartColumn:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PartStream:
-    """One stream of a part: its index, and where vectors and scales begin in the file."""
+    """One stream of a part: its index, the shape of a vector, and where vectors and scales begin in the file."""
 
     entries: PartColumn
     triggers: PartColumn
     dtype: str
-    width: int
+    shape: tuple[int, ...]
     vectors_at: int
     scales_at: int
 
@@ -228,7 +228,7 @@ def _index(adapter: Adapter, records: list[PartRecord]) -> Part:
                 bounds=table.trigger_concept.searchsorted(each),
             ),
             dtype=table.dtype,
-            width=table.scales.shape[1],
+            shape=table.scales.shape[1:],
             vectors_at=tensors[f"{name}.vectors"].start,
             scales_at=tensors[f"{name}.scales"].start,
         )
@@ -261,6 +261,7 @@ def join_manifests(parts: list[Part]) -> Manifest:
             known, owner = streams.setdefault(name, (spec, part))
             _agree(f"{name}.width", known.width, owner, spec.width, part)
             _agree(f"{name}.site", known.site, owner, spec.site, part)
+            _agree(f"{name}.sites", *_differing(known, owner, spec, part))
             one, other = known.tokenizer, spec.tokenizer
             _agree(f"{name}.tokenizer.vocab_size", one.vocab_size, owner, other.vocab_size, part)
             _agree(f"{name}.tokenizer.fingerprint", one.fingerprint, owner, other.fingerprint, part)
@@ -268,6 +269,16 @@ def join_manifests(parts: list[Part]) -> Manifest:
             if other.class_name < one.class_name:
                 streams[name] = spec, owner
     return replace(first.manifest, streams={name: spec for name, (spec, _) in streams.items()})
+
+
+def _differing(one: StreamSpec, first: Part, other: StreamSpec, second: Part) -> tuple[object, Part, object, Part]:
+    """Return the sites of two streams for `_agree`: what differs alone, because there may be hundreds."""
+    mine, theirs = one.sites, other.sites
+    if mine is None or theirs is None or len(mine) != len(theirs):
+        counts = ["text" if sites is None else f"{len(sites)} blocks" for sites in (mine, theirs)]
+        return counts[0], first, counts[1], second
+    pair = next(((a, b) for a, b in zip(mine, theirs, strict=True) if a != b), ("", ""))
+    return pair[0], first, pair[1], second
 
 
 def _agree(field: str, one: object, first: Part, other: object, second: Part) -> None:

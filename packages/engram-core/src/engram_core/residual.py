@@ -1,6 +1,7 @@
 """The residual that matched entries add to frozen text states: the NumPy reference (report, section 2.5).
 
-Shapes: B rows, L positions, d width, M matches, G (concept, position) groups, P edited positions.
+Shapes: B rows, L positions, d width, S sites, M matches, G (concept, position) groups, P edited positions; `...` is d,
+or S, d where the stream has sites.
 All arithmetic is float32 in one canonical order, so the bits do not depend on what else is loaded.
 """
 
@@ -165,9 +166,23 @@ class Editor:
         if stream not in adapter.streams:
             raise InputError(f"{adapter.label}: has no stream {stream!r}; it has {', '.join(adapter.streams)}")
         self.table = adapter.streams[stream]
+        self.sites = adapter.manifest.streams[stream].sites
         self._adapter = adapter
         self._records: dict[int, ConceptRecord] = {}  # read when a concept first fires
         self._known_names: set[str] = set()
+
+    def site_index(self, site: str | None) -> tuple[Any, ...]:
+        """Return the index that picks a site's residuals out of all; without sites, of everything.
+
+        Raises:
+            InputError: the stream has no such site, or has sites and none was named.
+        """
+        if self.sites is None and site is None:
+            return ()
+        if site not in (self.sites or ()):
+            known = "none" if self.sites is None else ", ".join(self.sites)
+            raise InputError(f"{self._adapter.label}: site is {quote(site)}, the stream's sites are {known[:300]}")
+        return slice(None), (self.sites or ()).index(site or "")
 
     def prepare(self, shape: Sequence[int], matches: Matches, strength: float | Mapping[str, float]) -> Edit | None:
         """Return the edit for states of a shape, or None when nothing fires.
@@ -177,7 +192,7 @@ class Editor:
             ConceptNotFoundError: `strength` names a concept that the adapter lacks.
             AdapterFormatError: a concept that fires is malformed.
         """
-        width = self.table.scales.shape[1]
+        width = self.table.scales.shape[-1]
         if len(shape) != 3 or shape[2] != width:
             raise InputError(f"states have shape {list(shape)}, expected [B, L, {width}]")
         if isinstance(strength, Mapping):
@@ -208,7 +223,7 @@ class Editor:
         )
 
     def sum_up(self, edit: Edit, rho: Floats | None) -> Floats:
-        """Return the residual of each edited position, float32 [P, d].
+        """Return the residual of each edited position, float32 [P, ...].
 
         Args:
             edit: from `prepare`.
@@ -217,28 +232,28 @@ class Editor:
         plan = edit.plan
         terms = self._terms(edit)[edit.which]
         if rho is not None:
-            terms[edit.relative] *= rho[edit.matches.row[edit.relative], None]
-        groups = np.zeros((len(plan.group_size), terms.shape[1]), np.float32)
+            terms[edit.relative] *= _spread(rho[edit.matches.row[edit.relative]], terms)
+        groups = np.zeros((len(plan.group_size), *terms.shape[1:]), np.float32)
         for low, high in pairwise(plan.match_ranks):
             groups[plan.group[low:high]] += terms[plan.match[low:high]]
-        groups[edit.mean] /= plan.group_size[edit.mean, None].astype(np.float32)
-        groups *= edit.strength[:, None]
-        delta = np.zeros((len(plan.row), terms.shape[1]), np.float32)
+        groups[edit.mean] /= _spread(plan.group_size[edit.mean], terms).astype(np.float32)
+        groups *= _spread(edit.strength, terms)
+        delta = np.zeros((len(plan.row), *terms.shape[1:]), np.float32)
         for low, high in pairwise(plan.group_ranks):
             chosen = plan.group_order[low:high]
             delta[plan.group_position[chosen]] += groups[chosen]
         return delta
 
     def _terms(self, edit: Edit) -> Floats:
-        """Return the residual of each distinct entry, float32 [U, d]; for the relative rule without rho."""
+        """Return the residual of each distinct entry, float32 [U, ...]; for the relative rule without rho."""
         vectors = decode_vectors(self.table.vectors[edit.entries], self.table.dtype).astype(np.float32)
         scales = self.table.scales[edit.concepts].astype(np.float32)
         rules = np.array(edit.rules)
         bounded = rules != "absolute"
         scales[bounded] = np.tanh(scales[bounded])
         relative = rules == "relative"
-        norms = np.sqrt(np.square(vectors[relative]).sum(axis=1, dtype=np.float32))
-        vectors[relative] /= np.maximum(norms, np.float32(1e-12))[:, None]
+        norms = np.sqrt(np.square(vectors[relative]).sum(axis=-1, dtype=np.float32))
+        vectors[relative] /= np.maximum(norms, np.float32(1e-12))[..., None]
         return vectors * scales
 
     def _record(self, concept: int) -> ConceptRecord:
@@ -277,30 +292,38 @@ class Residual:
         *,
         strength: float | Mapping[str, float] = 1.0,
         lengths: npt.ArrayLike | None = None,
+        site: str | None = None,
     ) -> npt.NDArray[Any]:
-        """Return the edited states; the very same object when nothing fires.
+        """Return the edited states, as one site reads them; the very same object when nothing fires.
 
         Args:
             hidden: frozen states [B, L, d], float32 or float16; never modified.
             matches: what fires, as given by the stream's matcher on the ids of the same positions.
             strength: one factor, or concept name to factor (1.0 for others); 0 is exactly the base model.
             lengths: int [B], positions the generator reads, for the relative rule; None means all.
+            site: which of the stream's sites; None for a stream without.
 
         Raises:
-            InputError: shapes, types or the strength do not fit.
+            InputError: shapes, types, the strength or the site do not fit.
             AdapterFormatError: a concept that fires is malformed.
         """
         if hidden.dtype.kind != "f":
             raise InputError(f"states are {hidden.dtype}, expected floats")
+        place = self._editor.site_index(site)
         edit = self._editor.prepare(hidden.shape, matches, strength)
         if edit is None:
             return hidden
         edited: npt.NDArray[Any] = hidden.copy()
         with np.errstate(over="ignore", invalid="ignore"):  # what overflows becomes infinite, as in PyTorch
             rho = mean_norm(hidden, lengths) if edit.relative.any() else None
-            delta = self._editor.sum_up(edit, rho)
+            delta = self._editor.sum_up(edit, rho)[place]
             edited[edit.plan.row, edit.plan.position] += delta.astype(hidden.dtype)
         return edited
+
+
+def _spread(values: npt.NDArray[Any], over: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return one value a row so that it applies to all of the row."""
+    return values.reshape(-1, *(1,) * (over.ndim - 1))
 
 
 def drop_silent(matches: Matches, concepts: list[int]) -> Matches:

@@ -30,6 +30,8 @@ WAN22 = Family(
     latent_field="z_dim",
     text_field="text_dim",
     vae_in_fp32=True,
+    readers=r"blocks\.\d+\.attn2",
+    projection="condition_embedder.text_embedder",
     second_denoiser="transformer_2",
     package="engram_video",
 )

@@ -36,6 +36,7 @@ class TextPart:
         max_length: token ids it reads at most, special ones included.
         optional: whether the pipeline works without it.
         reads_padding: whether the denoiser reads the states of padding, too.
+        follows: whether its positions follow those of the other streams; else its channels do.
     """
 
     tokenizer: str
@@ -46,6 +47,7 @@ class TextPart:
     max_length: int
     optional: bool = False
     reads_padding: bool = True
+    follows: bool = False
 
     def read_length(self, tokenizer: Any, encoder: Any) -> int:
         """Return how many ids a pipeline with these two gives its encoder."""
@@ -71,6 +73,9 @@ class Family:
         latent_field: where the autoencoder's configuration has the number of latent channels.
         text_field: where the denoiser's configuration has the width of the text states it reads.
         vae_in_fp32: whether the autoencoder is to compute in float32, whatever the precision.
+        readers: pattern of the names of the denoiser's modules that read text states, one in each block.
+        projection: the denoiser's module that text states pass before the blocks read them.
+        passes_on: whether a block passes the text states on to the next one changed (joint attention).
         second_denoiser: what the pipeline calls another denoiser that some models have, for the later steps.
         package: whose folder `tiny` holds the checkpoint that ships, if one does.
     """
@@ -87,6 +92,9 @@ class Family:
     latent_field: str = "latent_channels"
     text_field: str = "cross_attention_dim"
     vae_in_fp32: bool = False
+    readers: str = r".+\.attn2"
+    projection: str | None = None
+    passes_on: bool = False
     second_denoiser: str | None = None
     package: str = "engram_vision"
 
@@ -99,6 +107,12 @@ class Family:
             "vae": ("diffusers", self.vae_class),
             **encoders,
         }
+
+    def denoisers(self, pipeline: Any) -> dict[str, Any]:
+        """Return a pipeline's denoisers by its names for them: one, or two for early and late steps."""
+        names = [self.denoiser, *([self.second_denoiser] if self.second_denoiser else [])]
+        found = {name: getattr(pipeline, name, None) for name in names}
+        return {name: getattr(each, "_orig_mod", each) for name, each in found.items() if each is not None}
 
     def encoders(self, pipeline: Any) -> dict[str, Any]:
         """Return a pipeline's text encoders by stream; optional ones that it lacks are left out.
@@ -184,10 +198,14 @@ SD35 = Family(
             site=LAST,
             max_length=256,  # the pipeline's max_sequence_length
             optional=True,
+            follows=True,
         ),
     },
     pooled=True,
     text_field="joint_attention_dim",
+    readers=r"transformer_blocks\.\d+",
+    projection="context_embedder",
+    passes_on=True,
 )
 
 FAMILIES: Mapping[str, Family] = {family.name: family for family in (SD15, SDXL, SD35)}

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from engram_core import Adapter, InputError, Matcher
+from engram_core import Adapter, InputError, Matcher, Matches
 from engram_core.torch import Residual, match_tensor
 from engram_vision.families import PENULTIMATE, known_families
+from engram_vision.recall import FiredRows
 
 __all__ = ["TextEdit", "attach", "attached", "detach"]
 
@@ -33,6 +34,7 @@ class TextEdit:
         site: which of the encoder's states is edited.
         reads_padding: whether the denoiser reads the states of padding, too.
         matcher, residual: prepared from these; see `TextEdit.of`.
+        fired: where the denoiser's sites edit the states, and not the encoder: what they will have to know.
     """
 
     adapter: Adapter
@@ -42,13 +44,16 @@ class TextEdit:
     reads_padding: bool
     matcher: Matcher
     residual: Residual
+    fired: FiredRows | None
 
     @classmethod
     def of(cls, adapter: Adapter, stream: str, strength: float | Mapping[str, float] = 1.0) -> TextEdit:
         """Prepare one stream of an adapter."""
         site, family = adapter.manifest.streams[stream].site, known_families().get(adapter.manifest.backbone)
         reads_padding = family is None or family.streams[stream].reads_padding
-        return cls(adapter, stream, strength, site, reads_padding, Matcher(adapter, stream), Residual(adapter, stream))
+        fired = None if adapter.manifest.streams[stream].sites is None else FiredRows()
+        matcher, residual = Matcher(adapter, stream), Residual(adapter, stream)
+        return cls(adapter, stream, strength, site, reads_padding, matcher, residual, fired)
 
     def with_strength(self, strength: float | Mapping[str, float]) -> TextEdit:
         """Return the same edit with another strength; nothing is prepared anew."""
@@ -125,29 +130,39 @@ def _edit(encoder: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
     return _edit_last(edit, matches, mask, kwargs, output)
 
 
-def _edit_last(edit: TextEdit, matches: Any, mask: Tensor | None, kwargs: Mapping[str, Any], output: Any) -> Any:
+def _apply(edit: TextEdit, hidden: Tensor, matches: Matches, lengths: Tensor | None) -> Tensor | None:
+    """Return the edited states, or the very same ones where the denoiser's sites edit them; None when nothing fires."""
+    if edit.fired is not None:
+        return hidden if edit.fired.remember(hidden, matches, edit.residual.editor, edit.strength, lengths) else None
+    edited = edit.residual.apply(hidden, matches, strength=edit.strength, lengths=lengths)
+    return None if edited is hidden else edited
+
+
+def _edit_last(edit: TextEdit, matches: Matches, mask: Tensor | None, kwargs: Mapping[str, Any], output: Any) -> Any:
     hidden = output[0]
     lengths = None if mask is None else mask.gt(0).sum(dim=-1)
-    edited = edit.residual.apply(hidden, matches, strength=edit.strength, lengths=lengths)
-    if edited is hidden:
+    edited = _apply(edit, hidden, matches, lengths)
+    if edited is None:
         return None
     if kwargs.get("output_hidden_states"):
         # A pipeline that asks for all states (clip_skip) reads another one than the memory was learned for.
         raise _other_state("last one")
+    if edited is hidden:
+        return None
     if isinstance(output, tuple):
         return (edited, *output[1:])
     return type(output)(**{**output, "last_hidden_state": edited})
 
 
-def _edit_penultimate(edit: TextEdit, matches: Any, output: Any) -> Any:
+def _edit_penultimate(edit: TextEdit, matches: Matches, output: Any) -> Any:
     is_tuple = isinstance(output, tuple)
     # In a plain tuple the attentions, [B, heads, L, L] each, may stand beside the states.
     found = (part for part in output if isinstance(part, tuple) and part[0].ndim == 3) if is_tuple else ()
     states = next(iter(found), None) if is_tuple else output.hidden_states
     if states is None:
         return None  # who asks for no hidden states reads none: pooled states are never edited
-    edited = edit.residual.apply(states[-2], matches, strength=edit.strength)
-    if edited is states[-2]:
+    edited = _apply(edit, states[-2], matches, None)
+    if edited is None:
         return None
     replaced = _EditedStates((*states[:-2], edited, states[-1]))
     if is_tuple:

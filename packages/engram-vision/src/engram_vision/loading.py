@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import nn
@@ -38,6 +38,8 @@ from engram_core.hub import find_adapter
 from engram_vision.families import Family, family_of
 from engram_vision.hooks import TextEdit, attach, detach
 from engram_vision.shipped import known_fingerprint
+from engram_vision.site_hooks import SiteReader, StreamRecall, attach_sites, detach_sites
+from engram_vision.sites import find_corners, find_places, name_sites
 
 __all__ = [
     "LoadedEngram",
@@ -55,6 +57,7 @@ __all__ = [
 _LARGEST_STRENGTH = float(np.finfo(np.float32).max)
 
 Strength = float | Mapping[str, float]
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -92,6 +95,15 @@ class _Prepared:
     adapters: tuple[Adapter, ...]
     edits: Mapping[str, TextEdit]
 
+    def reader(self, family: Family, pipeline: Any, first_site: int) -> SiteReader | None:
+        """Return what a denoiser's blocks read; None where the encoder's states are edited."""
+        streams = {
+            stream: StreamRecall(fired=edit.fired, editor=edit.residual.editor)
+            for stream, edit in self.edits.items()
+            if edit.fired is not None
+        }
+        return SiteReader(family, find_corners(family, pipeline), streams, first_site=first_site) if streams else None
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _State:
@@ -100,11 +112,13 @@ class _State:
     Attributes:
         loaded: in the order of loading.
         places: the encoders, each with the stream it is for.
+        denoisers: what reads their states, each with the number of its first site.
         prepared: what is attached; while nothing is in force, what was.
     """
 
     loaded: tuple[LoadedEngram, ...]
     places: tuple[tuple[weakref.ref[nn.Module], str], ...]
+    denoisers: tuple[tuple[weakref.ref[nn.Module], int], ...]
     prepared: _Prepared
 
 
@@ -249,6 +263,7 @@ def _check_fit(pipeline: Any, adapter: Adapter, *, force: bool) -> list[str]:
             raise IncompatibleAdaptersError(
                 f"{label}: stream {stream!r} edits the {spec.site}, the pipeline reads the {site}; train it again"
             )
+        _check_sites(pipeline, adapter, stream)
         width = encoders[stream].config.hidden_size
         if width != spec.width:
             raise IncompatibleAdaptersError(
@@ -259,6 +274,20 @@ def _check_fit(pipeline: Any, adapter: Adapter, *, force: bool) -> list[str]:
         check_base(adapter, str(getattr(pipeline, "name_or_path", None) or ""))
     check_tokenizers(adapter, pipeline_tokenizers(pipeline), list(encoders))
     return missing
+
+
+def _check_sites(pipeline: Any, adapter: Adapter, stream: str) -> None:
+    """Refuse a stream whose sites are not the blocks of the pipeline's denoiser."""
+    sites = adapter.manifest.streams[stream].sites
+    if sites is None:
+        return
+    present = name_sites(family_of(pipeline), pipeline)
+    if sites != present:
+        raise IncompatibleAdaptersError(
+            f"{adapter.label}: stream {stream!r} has {len(sites)} sites from {sites[0]} to {sites[-1]}, the pipeline's "
+            f"denoiser {len(present)} from {present[0]} to {present[-1]}; it was trained for "
+            f"{adapter.manifest.base_model}"
+        )
 
 
 def check_family(adapter: Adapter, family: Family) -> None:
@@ -332,12 +361,14 @@ def _apply(pipeline: Any, loaded: tuple[LoadedEngram, ...]) -> None:
     """Attach exactly these adapters; computes everything before it changes anything."""
     family = family_of(pipeline)
     places = {encoder: stream for stream, encoder in family.encoders(pipeline).items()}
+    denoisers = _number_sites(family, pipeline)
     # Encoders that another pipeline shares with this one bring that pipeline's other encoders along.
     for state in {id(state): state for encoder in places if (state := _states.get(encoder))}.values():
         places |= {encoder: stream for reference, stream in state.places if (encoder := reference())}
+        denoisers |= {denoiser: first for reference, first in state.denoisers if (denoiser := reference())}
     prepared = _prepare(loaded, [_states[encoder].prepared for encoder in places if encoder in _states])
     edits = prepared.edits if any(one.enabled for one in loaded) else {}
-    state = _State(loaded, tuple((weakref.ref(encoder), stream) for encoder, stream in places.items()), prepared)
+    state = _State(loaded, _weakly(places), _weakly(denoisers), prepared)
     for encoder, stream in places.items():
         if stream in edits:
             attach(encoder, edits[stream])
@@ -347,6 +378,25 @@ def _apply(pipeline: Any, loaded: tuple[LoadedEngram, ...]) -> None:
             _states[encoder] = state
         else:
             _states.pop(encoder, None)
+    for denoiser, first in denoisers.items():
+        reader = prepared.reader(family, pipeline, first) if edits else None
+        if reader is None:
+            detach_sites(denoiser)
+        else:
+            attach_sites(family, denoiser, reader)
+
+
+def _number_sites(family: Family, pipeline: Any) -> dict[nn.Module, int]:
+    """Return a pipeline's denoisers, each with the number of its first site."""
+    numbers, first = {}, 0
+    for denoiser in family.denoisers(pipeline).values():
+        numbers[denoiser] = first
+        first += len(find_places(family, denoiser))
+    return numbers
+
+
+def _weakly(values: Mapping[nn.Module, _Value]) -> tuple[tuple[weakref.ref[nn.Module], _Value], ...]:
+    return tuple((weakref.ref(module), value) for module, value in values.items())
 
 
 def _prepare(loaded: tuple[LoadedEngram, ...], before: list[_Prepared]) -> _Prepared:

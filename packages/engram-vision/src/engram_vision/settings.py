@@ -46,6 +46,7 @@ class TrainSettings:
         run_dir: folder for state, metrics and previews; None means the output's name with `.run`.
         cache_dir: folder for latents and text states of the data, which several runs may share; None means the run's.
         insert_trigger: put the trigger in front of captions that lack it, instead of refusing them.
+        sites: `text` adds one residual for the whole denoiser, `blocks` one for each of its blocks (docs/concepts.md).
         rule: how vectors become residuals (docs/concepts.md).
         overlap: how entries that cover one token combine.
         activation: `anchored`, or the published `spans`.
@@ -90,6 +91,7 @@ class TrainSettings:
     run_dir: Path | None = None
     cache_dir: Path | None = None
     insert_trigger: bool = False
+    sites: Literal["text", "blocks"] = "text"
     rule: Rule = "absolute"
     overlap: Overlap = "sum"
     activation: Activation = "anchored"

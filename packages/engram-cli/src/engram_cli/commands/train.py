@@ -93,6 +93,13 @@ def train(
     crops: Annotated[
         int | None, typer.Option(help="Random square crops of each picture; 1 is the centre.", rich_help_panel=_DATA)
     ] = None,
+    sites: Annotated[
+        str | None,
+        typer.Option(
+            help="One residual for the whole denoiser (text), or one for each of its blocks (blocks).",
+            rich_help_panel=_MEMORY,
+        ),
+    ] = None,
     rule: Annotated[
         str | None,
         typer.Option(

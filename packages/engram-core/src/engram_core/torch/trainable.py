@@ -1,7 +1,9 @@
 """A concept while it is trained: vectors and scales that learn, everything else frozen.
 
-The arithmetic is the residual's own, so what training sees is what generation does.
-Shapes: B rows, L positions, d width, K entries, P trainable vectors (variants share them), U matched entries.
+The arithmetic is the residual's own, so what training sees is what generation does, but for the last bits in which NumPy
+and PyTorch round tanh and norms differently.
+Shapes: B rows, L positions, d width, S sites, K entries, P trainable vectors (variants share them), U matched entries;
+`...` is d, or S, d where the stream has sites.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from engram_core.manifest import Manifest, StreamSpec
 from engram_core.matcher import Matcher
 from engram_core.registry import Registry
 from engram_core.residual import Editor
-from engram_core.torch.residual import add_terms, entry_terms, match_tensor, mean_norm
+from engram_core.torch.residual import Delta, entry_terms, match_tensor, mean_norm, sum_terms
 
 __all__ = ["TrainableConcept", "TrainableStream"]
 
@@ -29,8 +31,8 @@ class TrainableStream(nn.Module):
     """A concept's memory in one stream.
 
     Attributes:
-        vectors: parameter float32 [P, d].
-        scales: parameter float32 [d].
+        vectors: parameter float32 [P, ...].
+        scales: parameter float32 [...].
         visited: bool [P] on the host, true for vectors that some call of this module used.
     """
 
@@ -41,18 +43,17 @@ class TrainableStream(nn.Module):
             record: rule, overlap and activation count.
             registry: of the trigger in this stream.
             spec: width, site and tokenizer of the stream.
-            vectors: float [P, d].
-            scales: float [d].
+            vectors: float [P, ...].
+            scales: float [...].
 
         Raises:
-            InputError: shapes that do not fit the registry and the width.
+            InputError: shapes that do not fit the registry, the width and the sites.
         """
         super().__init__()
-        expected = (registry.n_slots, spec.width)
-        if tuple(vectors.shape) != expected or tuple(scales.shape) != (spec.width,):
+        if tuple(vectors.shape) != (registry.n_slots, *spec.shape) or tuple(scales.shape) != spec.shape:
             raise InputError(
-                f"vectors {list(vectors.shape)} and scales {list(scales.shape)} do not fit {expected[0]} vectors "
-                f"of width {expected[1]}"
+                f"vectors {list(vectors.shape)} and scales {list(scales.shape)} do not fit {registry.n_slots} vectors "
+                f"of shape {list(spec.shape)}"
             )
         self.vectors = nn.Parameter(vectors.detach().float().clone())
         self.scales = nn.Parameter(scales.detach().float().clone())
@@ -62,8 +63,8 @@ class TrainableStream(nn.Module):
         blank = ConceptStream(
             triggers=tuple(variant.ids for variant in registry.variants),
             entries=registry.entries,
-            vectors=np.zeros((len(registry.entries), spec.width), np.float32),
-            scales=np.zeros(spec.width, np.float32),
+            vectors=np.zeros((len(registry.entries), *spec.shape), np.float32),
+            scales=np.zeros(spec.shape, np.float32),
         )
         manifest = Manifest(backbone="training", base_model="training", streams={"stream": spec})
         adapter = Adapter.build(manifest, [Concept(record=replace(record, training={}), streams={"stream": blank})])
@@ -71,8 +72,10 @@ class TrainableStream(nn.Module):
         self._editor = Editor(adapter, "stream")
         self._slots = torch.tensor(registry.slots)
 
-    def forward(self, hidden: Tensor, ids: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Return the edited states; differentiable in vectors and scales.
+    def forward(self, hidden: Tensor, ids: Tensor, lengths: Tensor | None = None) -> Delta | None:
+        """Return what is added to the states, for `add_delta`; differentiable in vectors and scales.
+
+        None when nothing fires.
 
         Args:
             hidden: frozen states [B, L, d], any float type.
@@ -81,16 +84,19 @@ class TrainableStream(nn.Module):
         """
         edit = self._editor.prepare(hidden.shape, match_tensor(self._matcher, ids), 1.0)
         if edit is None:
-            return hidden
+            return None
         slots = self._slots[torch.from_numpy(edit.entries)]
         self.visited[slots] = True
         device = self.vectors.device
-        terms = entry_terms(self.vectors[slots.to(device)], self.scales.expand(len(slots), -1), edit.rules)
+        terms = entry_terms(
+            self.vectors[slots.to(device)], self.scales.expand(len(slots), *self.scales.shape), edit.rules
+        )
         terms = terms[torch.from_numpy(edit.which).to(device)]
         if edit.relative.any():
             rho = mean_norm(hidden, lengths).to(device)
-            terms = terms * rho[torch.from_numpy(edit.matches.row).to(device)][:, None]
-        return add_terms(hidden, edit, terms)
+            rho = rho[torch.from_numpy(edit.matches.row).to(device)]
+            terms = terms * rho.view(-1, *(1,) * (terms.ndim - 1))
+        return sum_terms(edit, terms)
 
     @torch.no_grad()
     def snapshot(self) -> ConceptStream:
@@ -119,8 +125,8 @@ class TrainableConcept(nn.Module):
         self.record = record
         self.streams = nn.ModuleDict(streams)
 
-    def forward(self, states: Mapping[str, tuple[Tensor, Tensor, Tensor | None]]) -> dict[str, Tensor]:
-        """Return the edited states of each stream.
+    def forward(self, states: Mapping[str, tuple[Tensor, Tensor, Tensor | None]]) -> dict[str, Delta | None]:
+        """Return what is added to the states of each stream, for `add_delta`; None where nothing fires.
 
         Args:
             states: stream to frozen states [B, L, d], token ids [B, L], and the positions that the generator reads [B];

@@ -26,6 +26,7 @@ from engram_vision.loading import pipeline_tokenizers
 from engram_vision.models import load_pipeline, model_fingerprint
 from engram_vision.settings import TrainSettings, without_streams
 from engram_vision.shipped import TINY
+from engram_vision.sites import Corner, find_corners, name_sites
 from engram_vision.training.frozen import Captioned, FrozenData, TextReader, freeze
 from engram_vision.training.initial import describe_vectors, random_vectors
 from engram_vision.training.medium import Conditions, Medium
@@ -40,7 +41,18 @@ _FREE |= {"low_memory", "gradient_checkpointing", "cache_dir"}
 # Settings that the frozen models' outcome depends on, beside data and weights; `seed` where crops are drawn.
 _FROZEN = {"precision", "resolution", "flip", "crops", "width", "height", "frames"}
 # Settings that the adapter's record keeps.
-_RECORDED = {"rule", "init", "steps", "batch_size", "accumulate", "vector_rate", "scale_rate", "warm_up", "schedule"}
+_RECORDED = {
+    "sites",
+    "rule",
+    "init",
+    "steps",
+    "batch_size",
+    "accumulate",
+    "vector_rate",
+    "scale_rate",
+    "warm_up",
+    "schedule",
+}
 _RECORDED |= {"weight_decay", "min_snr", "logit_mean", "logit_std", "resolution", "flip", "crops", "precision", "seed"}
 _RECORDED |= {"width", "height", "frames"}
 
@@ -55,6 +67,7 @@ class Prepared:
         data: the training set.
         unseen: the validation set; the training set itself where none was given.
         n_samples: in the training set, by what they are called.
+        corners: where the streams' states are in what the denoiser reads.
         model: the base model's name and a digest of its weights.
         manifest: of the adapter.
         concept: what learns.
@@ -65,6 +78,7 @@ class Prepared:
     data: FrozenData
     unseen: FrozenData
     n_samples: Mapping[str, int]
+    corners: Mapping[str, Corner]
     model: str
     manifest: Manifest
     concept: TrainableConcept
@@ -163,8 +177,11 @@ def prepare(
         )
 
     frozen = run_frozen(data, learning=True)
+    sites = name_sites(family, pipeline) if settings.sites == "blocks" else None
     specs = {
-        stream: StreamSpec(width=reader.width, site=family.streams[stream].site, tokenizer=reader.tokenizer.spec)
+        stream: StreamSpec(
+            width=reader.width, site=family.streams[stream].site, tokenizer=reader.tokenizer.spec, sites=sites
+        )
         for stream, reader in readers.items()
     }
     return Prepared(
@@ -173,6 +190,7 @@ def prepare(
         data=frozen,
         unseen=frozen if unseen is None else run_frozen(unseen, learning=False),
         n_samples={medium.name: len(data)},
+        corners=find_corners(family, pipeline),
         model=f"{_model_name(settings.model)} with weights {weights}",
         manifest=Manifest(
             backbone=family.name,
@@ -215,7 +233,9 @@ def _first_concept(
                 overlap=settings.overlap,
                 scale=settings.init_scale,
             )
-        scales = torch.full((spec.width,), settings.init_scale)
+        # With sites every block begins with the same.
+        vectors = vectors.unsqueeze(1).expand(-1, *spec.shape) if spec.sites else vectors
+        scales = torch.full(spec.shape, settings.init_scale)
         streams[stream] = TrainableStream(record, registry, spec, vectors, scales)
     return TrainableConcept(record, streams)
 

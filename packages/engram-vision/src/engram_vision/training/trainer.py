@@ -20,6 +20,7 @@ from engram_core import InputError, TargetExistsError, TrainingError, TrainRepor
 from engram_core.container import open_target, write_all
 from engram_core.errors import one_line
 from engram_core.settings import dump_settings
+from engram_core.torch import add_delta
 from engram_core.training.interrupt import DeferredInterrupt
 from engram_core.training.metrics import MetricsFile
 from engram_core.training.schedule import rate_factor
@@ -28,6 +29,7 @@ from engram_vision.loading import load_engram, unload_engrams
 from engram_vision.models import pick_device
 from engram_vision.settings import TrainSettings
 from engram_vision.shipped import TINY
+from engram_vision.site_hooks import SiteReader, attach_sites, detach_sites
 from engram_vision.training.batches import Batch, draw_batch, fixed_batches
 from engram_vision.training.frozen import FrozenData
 from engram_vision.training.medium import Medium
@@ -115,6 +117,10 @@ class _Run:
         self.pipeline, self.streams = self.prepared.pipeline, self.prepared.streams
         self.objective = medium.objective(settings, self.pipeline)
         self.placement = Placement(self.pipeline, settings, self.device, watcher)
+        self.reader = None
+        if settings.sites == "blocks":
+            self.reader = SiteReader(settings.family, self.prepared.corners, {})
+            self._attach_sites()
         groups = [
             {"params": [stream.vectors for stream in self.streams.values()], "peak": settings.vector_rate},
             {"params": [stream.scales for stream in self.streams.values()], "peak": settings.scale_rate},
@@ -141,6 +147,7 @@ class _Run:
         finally:
             self.accelerator.end_training()
             self.placement.end()
+            detach_sites(self._denoiser)
 
     def _do_steps(self) -> float:
         """Return the last mean training loss."""
@@ -252,9 +259,14 @@ class _Run:
             for stream, texts in data.texts.items()
             if texts.pooled is not None
         }
-        conditions = self.prepared.conditioner(self.model(frozen), pooled)
+        deltas = self.model(frozen)
+        states = {stream: parts[0] for stream, parts in frozen.items()}
+        if self.reader is None:
+            states = {stream: add_delta(each, deltas[stream]) for stream, each in states.items()}
+        conditions = self.prepared.conditioner(states, pooled)
         latents, noise, times = (part.to(self.device) for part in (batch.latents, batch.noise, batch.times))
-        return self.objective.losses(latents, noise, times, conditions)
+        with contextlib.nullcontext() if self.reader is None else self.reader.given(deltas):
+            return self.objective.losses(latents, noise, times, conditions)
 
     @torch.no_grad()
     def _validate(self, batches: Sequence[Batch], step: int) -> float:
@@ -336,12 +348,25 @@ class _Run:
         folder = self.folder / PREVIEWS
         make_folder(folder)
         self.placement.bring_back()
+        detach_sites(self._denoiser)
         load_engram(self.pipeline, self.prepared.adapter(self.settings, step), name="preview")
         try:
             self.medium.preview(prompts, self.settings, self.pipeline, folder, step)
         finally:
             unload_engrams(self.pipeline, "preview")
+            self._attach_sites()
         self.placement.free_encoders()
+
+    @property
+    def _denoiser(self) -> torch.nn.Module:
+        denoiser: torch.nn.Module
+        (denoiser,) = self.settings.family.denoisers(self.pipeline).values()
+        return denoiser
+
+    def _attach_sites(self) -> None:
+        """Let the denoiser's blocks read what the concept in training adds for each."""
+        if self.reader is not None:
+            attach_sites(self.settings.family, self._denoiser, self.reader)
 
     def _finish(self, mean: float) -> TrainReport:
         settings = self.settings
