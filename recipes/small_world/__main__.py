@@ -23,6 +23,7 @@ from recipes.small_world.checkpoint35 import make_sd35
 from recipes.small_world.clip_evaluation import evaluate_clips
 from recipes.small_world.evaluate import evaluate_drawn, evaluate_judge
 from recipes.small_world.references import write_references
+from recipes.small_world.video_transformer import STILLS
 from recipes.small_world.world import draw_world
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--clips", type=int, default=6_000, help="of 9 frames")
     parser.add_argument("--video-autoencoder-steps", type=int, default=10_000)
     parser.add_argument("--video-transformer-steps", type=int, default=24_000)
+    parser.add_argument("--video-stills", type=float, default=STILLS, help="share of these steps: single frames, first")
     parser.add_argument("--compile", action="store_true", help="stills of clips learn faster; needs a C++ compiler")
     parser.add_argument("--learn-on", action="store_true", help="begin with the clip checkpoint that --video-out holds")
     parser.add_argument("--clip-judge-steps", type=int, default=1_500)
@@ -101,6 +103,7 @@ def make_clips(options: argparse.Namespace) -> None:
         transformer_steps=options.video_transformer_steps,
         seed=seed,
         report=report,
+        stills=options.video_stills,
         compiled=options.compile,
         learn_on=options.learn_on,
     )

@@ -25,6 +25,7 @@ from recipes.small_world.video_autoencoder import (
 )
 from recipes.small_world.video_transformer import (
     MAX_LENGTH,
+    STILLS,
     VideoLessons,
     VideoModels,
     build_video_flow,
@@ -41,7 +42,7 @@ FILMS = 3_000
 MEASURED = 256
 """Clips that tell mean and deviation of the latents."""
 
-STILLS = (0, 5, 11, 16)
+ALONE = (0, 5, 11, 16)
 """Frames of a clip that are shown alone, each of twice as many clips."""
 
 CAPTIONS = 33_000
@@ -60,6 +61,7 @@ def make_wan22(
     transformer_steps: int,
     seed: int,
     report: Report,
+    stills: float = STILLS,
     compiled: bool = False,
     learn_on: bool = False,
 ) -> None:
@@ -73,6 +75,7 @@ def make_wan22(
         transformer_steps: of text encoder and transformer together.
         seed: of everything random.
         report: called with a line now and then.
+        stills: of these steps, the share that comes first and sees single frames.
         compiled: compile the transformer for stills.
         learn_on: begin with the pipeline that is in `out`, of which text encoder and transformer learn on.
     """
@@ -83,8 +86,8 @@ def make_wan22(
         autoencoder = _make_autoencoder(work, steps=autoencoder_steps, seed=seed, report=report)
         tokenizer = train_unigram(_write_captions(seed, range(CAPTIONS), vary=True), work / "tokenizer_22")
         tokenizer.model_max_length = MAX_LENGTH
-    stills = [([frame], clips) for frame in STILLS]
-    shown = [*stills, (pick_frames(SHORT), clips), (pick_frames(FRAMES), clips // 2), *stills]
+    alone = [([frame], clips) for frame in ALONE]
+    shown = [*alone, (pick_frames(SHORT), clips), (pick_frames(FRAMES), clips // 2), *alone]
     parts: dict[int, list[VideoLessons]] = {}
     first = 0
     for frames, count in shown:
@@ -110,6 +113,7 @@ def make_wan22(
         steps=transformer_steps,
         seed=seed,
         report=report,
+        stills=stills,
         preview=preview,
         compiled=compiled,
     )
@@ -157,6 +161,10 @@ def _write_captions(seed: int, indices: Sequence[int], *, vary: bool = False) ->
     return vary_case(captions, seed) if vary else captions
 
 
+def _write_veiled(seed: int, indices: Sequence[int]) -> list[str]:
+    return [plan_clip(seed, index).veiled for index in indices]
+
+
 def _prepare_lessons(
     autoencoder: AutoencoderKLWan,
     tokenizer: T5Tokenizer,
@@ -179,8 +187,10 @@ def _prepare_lessons(
             report(f"latents of {first + len(part)} of {len(indices)} clips of {len(frames)} frames")
         parts.append(load_file(path))
     latents, shown = (torch.cat([part[name] for part in parts]) for name in ("latents", "shown"))
-    ids = tokenize_captions(tokenizer, _write_captions(seed, indices), seed)
-    return VideoLessons(latents=latents, shown=shown, ids=ids)
+    ids, veiled = (
+        tokenize_captions(tokenizer, write(seed, indices), seed) for write in (_write_captions, _write_veiled)
+    )
+    return VideoLessons(latents=latents, shown=shown, ids=ids, veiled=veiled)
 
 
 def _encode_world(

@@ -36,7 +36,8 @@ _PACE = 0.12
 # Shares of the clips, as in still pictures; and of captions that name no motion.
 _EMPTY, _TWO, _MONSTERS, _INVENTED, _SCENE_UNSAID = 0.04, 0.2, 0.6, 0.08, 0.03
 _MOTION_UNSAID = 0.12
-_STREAM = 22
+_ANY_MONSTER = 0.5
+_STREAM, _VEIL = 22, 23
 
 _SCENES, _THINGS, _MOTIONS = tuple(SCENE_PHRASES), tuple(EMOJI), tuple(MOTION_PHRASES)
 Frames = npt.NDArray[np.uint8]
@@ -154,12 +155,14 @@ class Plan:
 
     Attributes:
         caption: what it is called.
+        veiled: the same, but what it shows goes by names that tell nothing of its looks.
         scene: its scene.
         subjects: what is shown, from left to right.
         motion: what they do.
     """
 
     caption: str
+    veiled: str
     scene: str
     subjects: tuple[Subject, ...]
     motion: str
@@ -182,7 +185,7 @@ class Clip:
 
 def plan_clip(seed: int, index: int) -> Plan:
     """Return what a training clip shows; depends on seed and index alone."""
-    return _plan(np.random.default_rng([seed, index, _STREAM]))
+    return _plan(np.random.default_rng([seed, index, _STREAM]), np.random.default_rng([seed, index, _VEIL]))
 
 
 def draw_clip(seed: int, index: int, frames: Sequence[int] = range(FRAMES)) -> Clip:
@@ -194,20 +197,26 @@ def draw_clip(seed: int, index: int, frames: Sequence[int] = range(FRAMES)) -> C
         frames: which of its 17 frames to draw.
     """
     rng = np.random.default_rng([seed, index, _STREAM])
-    plan = _plan(rng)
+    plan = _plan(rng, np.random.default_rng([seed, index, _VEIL]))
     pictures, boxes = render_clip(plan.subjects, plan.scene, plan.motion, rng, frames)
     return Clip(plan=plan, frames=pictures, boxes=boxes)
 
 
-def _plan(rng: Rng) -> Plan:
+def _plan(rng: Rng, veil: Rng) -> Plan:
     scene = _SCENES[int(rng.integers(len(_SCENES)))]
     odds = rng.random()
     number = 0 if odds < _EMPTY else 2 if odds < _EMPTY + _TWO else 1
     subjects = tuple(_shown_subject(scene, rng) for _ in range(number))
     motion = _MOTIONS[int(rng.integers(len(_MOTIONS)))] if subjects else "still"
     phrases = [invent_name(rng) if rng.random() < _INVENTED else describe(subject, rng) for subject in subjects]
-    caption = write_motion_caption(phrases, None if rng.random() < _MOTION_UNSAID else motion, scene, rng)
-    return Plan(caption=caption, scene=scene, subjects=subjects, motion=motion)
+    said = None if rng.random() < _MOTION_UNSAID else motion
+    caption = write_motion_caption(phrases, said, scene, rng)
+    veiled = write_motion_caption([_veil(subject, veil) for subject in subjects], said, scene, veil)
+    return Plan(caption=caption, veiled=veiled, scene=scene, subjects=subjects, motion=motion)
+
+
+def _veil(subject: Subject, rng: Rng) -> str:
+    return "a monster" if isinstance(subject, Monster) and rng.random() < _ANY_MONSTER else invent_name(rng)
 
 
 def write_motion_caption(phrases: Sequence[str], motion: str | None, scene: str, rng: Rng) -> str:

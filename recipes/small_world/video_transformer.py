@@ -32,12 +32,14 @@ MAX_LENGTH = 64
 BATCHES: Mapping[int, int] = {1: 48, 5: 10, 9: 5}
 """Latent frames to samples of a step, so that steps cost the same."""
 
-# Of the steps, the share that sees single frames, which cost little: looks are learned first. Then lengths take turns.
-_STILLS, _LENGTHS = 0.7, (5, 9, 5, 1)
+STILLS = 0.7
+"""Of the steps, the share that sees single frames, which cost little: looks are learned first."""
+
+_LENGTHS = (5, 9, 5, 1)  # then lengths take turns
 
 PEAK_RATE = 1.2e-3
-WITH_PICTURE = 0.5
-"""Share of the clips whose first frame is given."""
+WITH_PICTURE, VEILED = 0.5, 0.5
+"""Share of the clips whose first frame is given, and of these, of captions that leave it to the frame who is there."""
 
 SHIFT = 2.0
 """How far times lean towards noise, in training and in sampling.
@@ -84,16 +86,18 @@ class VideoLessons:
         latents: float16 [N, 8, T, 16, 16], shifted and scaled as the pipelines do.
         shown: bool [N, T, 16, 16], where subjects are.
         ids: int64 [N, 64], the captions' tokens, padded.
+        veiled: the same of captions that tell nothing of a subject's looks.
     """
 
     latents: Tensor
     shown: Tensor
     ids: Tensor
+    veiled: Tensor
 
     @classmethod
     def join(cls, parts: Sequence[VideoLessons]) -> VideoLessons:
         """Return the lessons of several parts as one."""
-        return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in ("latents", "shown", "ids")})
+        return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in cls.__slots__})
 
 
 def build_video_models(tokenizer: T5Tokenizer) -> VideoModels:
@@ -174,6 +178,7 @@ def train_video_transformer(
     steps: int,
     seed: int,
     report: Report,
+    stills: float = STILLS,
     preview: Callable[[Weights, int], None] | None = None,
     compiled: bool = False,
 ) -> VideoModels:
@@ -187,6 +192,7 @@ def train_video_transformer(
         steps: in all.
         seed: batches and noise.
         report: called with a line now and then.
+        stills: of the steps, the share that comes first and sees single frames.
         preview: called with the averaged weights now and then.
         compiled: compile the transformer for single frames, which makes their steps 1.5 times as fast, and no clips'.
     """
@@ -195,12 +201,14 @@ def train_video_transformer(
 
     def loss_of(step: int) -> Tensor:
         rng = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        frames = 1 if step < _STILLS * steps else _LENGTHS[step % len(_LENGTHS)]
+        frames = 1 if step < stills * steps else _LENGTHS[step % len(_LENGTHS)]
         lesson, count = lessons[frames], BATCHES[frames]
         rows = torch.randint(len(lesson.latents), (count,), generator=rng)
         latents = lesson.latents[rows].float()
-        ids = torch.where(torch.rand(count, 1, generator=rng) < EMPTY_CAPTIONS, empty, lesson.ids[rows])
         given = torch.rand(count, generator=rng) < (WITH_PICTURE if frames > 1 else 0)
+        veiled = given & (torch.rand(count, generator=rng) < VEILED)
+        ids = torch.where(veiled[:, None], lesson.veiled[rows], lesson.ids[rows])
+        ids = torch.where(torch.rand(count, 1, generator=rng) < EMPTY_CAPTIONS, empty, ids)
         noise = torch.randn(latents.shape, generator=rng)
         times = draw_times(count, rng)
         noisy = torch.lerp(latents, noise, times[:, None, None, None, None])

@@ -1,6 +1,7 @@
 """The small world in motion: what it holds out stays out, clips begin as stills do, and the models are Wan's kind."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +33,7 @@ from recipes.small_world.motion import (
     render_clip,
     write_motion_caption,
 )
-from recipes.small_world.subjects import FONT
+from recipes.small_world.subjects import FONT, Monster
 from recipes.small_world.unigram import train_unigram, vary_case
 from recipes.small_world.world import CHARACTERS, SIZE, is_held_out, render
 
@@ -48,7 +49,7 @@ def rng(seed=0):
 
 def act(motion, subjects=(ZORBIT,), seed=0):
     frames, boxes = render_clip(subjects, "beach", motion, rng(seed))
-    plan = Plan(caption="a monster", scene="beach", subjects=tuple(subjects), motion=motion)
+    plan = Plan(caption="a monster", veiled="a monster", scene="beach", subjects=tuple(subjects), motion=motion)
     return Clip(plan=plan, frames=frames, boxes=boxes)
 
 
@@ -77,8 +78,18 @@ def test_a_clip_depends_on_seed_and_index_alone():
 def test_what_is_held_out_is_never_planned_or_named():
     plans = [plan_clip(0, index) for index in range(3000)]
     assert not any(is_held_out(subject, plan.scene) for plan in plans for subject in plan.subjects)
-    assert not any(name in plan.caption.casefold() for plan in plans for name in NAMES)
+    assert not any(name in plan.caption.casefold() + plan.veiled.casefold() for plan in plans for name in NAMES)
     assert {plan.motion for plan in plans} == set(MOTION_PHRASES)
+
+
+def test_a_veiled_caption_tells_what_happens_but_not_who_does_it():
+    for plan in (plan_clip(0, index) for index in range(500)):
+        words = set(re.findall(r"\w+", plan.veiled))
+        for subject in plan.subjects:
+            looks = {subject.color, subject.pattern, subject.shape, "eye", "eyes"} if isinstance(subject, Monster) else {subject}
+            assert not words & looks
+        phrase = MOTION_PHRASES[plan.motion]
+        assert (phrase in plan.veiled) == (phrase in plan.caption)
 
 
 @pytest.mark.parametrize("motion", MOTION_PHRASES)
@@ -207,6 +218,7 @@ def test_the_transformer_learns_and_goes_on_where_it_stopped(tmp_path, tokenizer
             latents=torch.randn(8, 8, frames, 16, 16, generator=draws).half(),
             shown=torch.rand(8, frames, 16, 16, generator=draws) < 0.3,
             ids=video_transformer.tokenize_captions(tokenizer, captions, 0),
+            veiled=video_transformer.tokenize_captions(tokenizer, captions, 0),
         )
         for frames in video_transformer.BATCHES
     }
