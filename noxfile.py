@@ -41,7 +41,7 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def slow(session: nox.Session) -> None:
     """Run the tests that take more than a few seconds."""
-    sync(session, "--no-default-groups", "--group=test")
+    sync(session, "--no-default-groups", "--group=test", "--group=workers")
     session.run("pytest", "-m", "slow and not gpu and not network", *session.posargs)
 
 

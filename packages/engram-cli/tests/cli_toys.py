@@ -13,6 +13,7 @@ from engram_core import (
     Generated,
     GeneratedText,
     GenerateReport,
+    InputError,
     Measure,
     TextReport,
     TrainReport,
@@ -25,6 +26,7 @@ class ToyTraining:
     data: Path
     trigger: str
     output: Path
+    name: str | None = None
     model: str = "toy/model"
     steps: int = 10
     vector_rate: float = 0.5
@@ -113,6 +115,9 @@ class Toy(Mute):
         if settings.trigger == "wait":
             time.sleep(60)
         watcher.advance(settings.steps, {"loss": 0.25, "memory_mb": 1500.0})
+        return self._report(settings)
+
+    def _report(self, settings):
         return TrainReport(
             output=settings.output,
             run_dir=settings.output.with_suffix(".run"),
@@ -124,6 +129,17 @@ class Toy(Mute):
             seconds=83.2,
             entries={"text": 7, "other": 1},
         )
+
+    def check_concepts(self, settings, *, resume=False, overwrite=False):
+        if len({each.output for each in settings}) < len(settings):
+            raise InputError("two write the same file")
+
+    def train_together(self, settings, *, resume=False, overwrite=False, watcher=None):
+        self.calls.append((settings, resume, overwrite))
+        watcher.begin("training", settings[0].steps)
+        if any(each.trigger == "stop" for each in settings):
+            raise KeyboardInterrupt
+        return [self._report(each) for each in settings]
 
     def generate(self, settings, *, overwrite=False, watcher=None):
         self.calls.append((settings, overwrite))

@@ -26,6 +26,7 @@ PUBLIC = [
     "ConceptNotFoundError",
     "ConceptRecord",
     "ConceptStream",
+    "ConceptsTrainingBackbone",
     "Conflict",
     "ConflictError",
     "ConvertSettings",

@@ -30,7 +30,7 @@ from engram_vision.loading import pipeline_tokenizers
 from engram_vision.models import load_pipeline
 from engram_vision.training.frozen import FrozenTexts, TextReader
 from engram_vision.training.placement import Placement
-from engram_vision.training.preparation import Prepared, prepare, read_data
+from engram_vision.training.preparation import Prepared, load_model, prepare, read_data
 from engram_vision.training.state import load_state
 from engram_vision.training.trainer import STATE
 
@@ -132,15 +132,16 @@ def measure_trainer(task: Task) -> Sample:
 def build_step(task: Task, sample: Sample) -> Step:
     """Return the step of an engram without caches, or of LoRA with the same caches or none."""
     settings, device = task.settings, torch.device(task.device)
-    items, _ = read_data(settings, CLIPS, Watcher())
-    prepared = prepare(settings, CLIPS, items, None, device, Path(task.scratch), Watcher())
+    samples = read_data(settings, CLIPS, Watcher())
+    model = load_model(settings, CLIPS, device, Watcher())
+    prepared = prepare(settings, CLIPS, samples, model, device, Path(task.scratch), Watcher())
     if task.cached:
-        Placement(prepared.pipeline, settings, device, Watcher())
+        Placement(model.pipeline, settings, device, Watcher())
         draw = draw_kept(prepared, settings.batch_size, device)
     else:
-        prepared.pipeline.to(device)
-        draw = draw_anew(prepared, settings, items, device)
-    transformer, objective = prepared.pipeline.transformer, CLIPS.objective(settings, prepared.pipeline)
+        model.pipeline.to(device)
+        draw = draw_anew(model.pipeline, settings, samples.learned, device)
+    transformer, objective = model.pipeline.transformer, CLIPS.objective(settings, model.pipeline)
     # What lets LoRA's float32 numbers meet a half-precision model, as the scripts' Accelerator does.
     dtype, mixes = transformer.dtype, task.kind == "LoRA" and transformer.dtype != torch.float32
     if task.kind == "LoRA":
@@ -163,7 +164,7 @@ def build_step(task: Task, sample: Sample) -> Step:
         if task.kind == "engram":
             states = add_delta(states, prepared.concept({"umt5": (states, texts.ids, texts.lengths)})["umt5"])
         times = objective.spread_times(len(latents), random).to(device)
-        conditions = prepared.conditioner({"umt5": states}, {})
+        conditions = model.conditioner({"umt5": states}, {})
         with torch.autocast(device.type, dtype, enabled=mixes):
             loss = objective.losses(latents, torch.randn_like(latents), times, conditions).mean()
         torch.autograd.backward(loss)
@@ -189,9 +190,9 @@ def draw_kept(prepared: Prepared, size: int, device: torch.device) -> Draw:
     return draw
 
 
-def draw_anew(prepared: Prepared, settings: Wan22TrainSettings, items: Sequence[Any], device: torch.device) -> Draw:
+def draw_anew(pipeline: Any, settings: Wan22TrainSettings, items: Sequence[Any], device: torch.device) -> Draw:
     """Return what draws a batch by the frozen models, as a script without caches does; frames are in memory."""
-    pipeline, size = prepared.pipeline, (settings.width, settings.height)
+    size = settings.width, settings.height
     tokenizer = pipeline_tokenizers(pipeline)["umt5"]
     reader = TextReader(FAMILY, pipeline, "umt5", tokenizer, device)
     clips = [

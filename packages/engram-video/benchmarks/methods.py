@@ -26,7 +26,7 @@ from engram_vision.models import load_pipeline
 from engram_vision.quiet import quiet_libraries
 from engram_vision.training.batches import Batch, draw_batch, fixed_batches
 from engram_vision.training.frozen import FrozenData
-from engram_vision.training.preparation import prepare, read_data
+from engram_vision.training.preparation import load_model, prepare, read_data
 
 ALL = tuple(f"{attention}.{name}" for attention in ("attn1", "attn2") for name in ("to_q", "to_k", "to_v", "to_out.0"))
 TEXT_ALONE = ("attn2.to_k", "attn2.to_v")  # that read the text
@@ -136,11 +136,11 @@ def learn_lora(task: Task, changes: Mapping[str, Any]) -> int:
     """
     rate, projections = changes["rate"], changes["projections"]
     settings = task.settings({})
-    items, _ = read_data(settings, CLIPS, Watcher())
     device = torch.device(task.device)
-    prepared = prepare(settings, CLIPS, items, None, device, task.cache, Watcher())
-    objective = CLIPS.objective(settings, prepared.pipeline)
-    transformer = prepared.pipeline.transformer.to(device)
+    model = load_model(settings, CLIPS, device, Watcher())
+    prepared = prepare(settings, CLIPS, read_data(settings, CLIPS, Watcher()), model, device, task.cache, Watcher())
+    objective = CLIPS.objective(settings, model.pipeline)
+    transformer = model.pipeline.transformer.to(device)
     n_engram = sum(parameter.numel() for parameter in prepared.concept.parameters())
     torch.manual_seed(task.seed)
     learned = add_lora(transformer, n_engram, projections)
@@ -149,7 +149,7 @@ def learn_lora(task: Task, changes: Mapping[str, Any]) -> int:
     def losses(batch: Batch, data: FrozenData) -> Tensor:
         states = data.texts["umt5"].states[batch.texts].to(device)
         latents, noise, times = (part.to(device) for part in (batch.latents, batch.noise, batch.times))
-        return objective.losses(latents, noise, times, prepared.conditioner({"umt5": states}, {}))
+        return objective.losses(latents, noise, times, model.conditioner({"umt5": states}, {}))
 
     checks = fixed_batches(
         prepared.unseen, objective, draws=settings.validation_draws, size=settings.batch_size, seed=settings.seed

@@ -29,7 +29,7 @@ from engram_vision.drawing import Drawing, draw
 from engram_vision.images import fit_square, load_picture
 from engram_vision.loading import load_engram
 from engram_vision.settings import SD15TrainSettings
-from engram_vision.training import pictures, preparation, trainer
+from engram_vision.training import pictures, preparation, pupil
 from engram_vision.training.batches import Batch, draw_batch
 from engram_vision.training.frozen import FrozenData
 from engram_vision.training.objectives import Diffusion
@@ -180,7 +180,7 @@ def test_batches_that_accumulate_act_as_one(run, monkeypatch):
         batch = draw_batch(data, diffusion, size=2 * size, number=number // 2, seed=seed)
         return batch.part(number % 2 * size, size)
 
-    monkeypatch.setattr(trainer, "draw_batch", draw_part)
+    monkeypatch.setattr(pupil, "draw_batch", draw_part)
     _, parts = run(batch_size=2, accumulate=2, keep="last", overwrite=True)
     np.testing.assert_allclose(vectors_of(parts), vectors_of(whole), rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(scales_of(parts), scales_of(whole), rtol=1e-4, atol=1e-6)

@@ -142,7 +142,7 @@ def test_losses_and_vectors_are_those_of_steps_that_encode_everything_anew(base,
     options = {"steps": 4, "save_every": 1, "batch_size": 3}
     cached, adapter = run(**options)
     found = [line["loss"] for line in read_metrics(cached.run_dir / METRICS)]
-    monkeypatch.setattr(trainer._Run, "_losses", lambda self, batch, data: plain_losses(base, self, batch, data))
+    monkeypatch.setattr(trainer._Run, "_losses", lambda _, parts: [plain_losses(base, *part) for part in parts])
     plain, expected = run(overwrite=True, **options)
     losses = [line["loss"] for line in read_metrics(plain.run_dir / METRICS)]
     assert len(losses) == 4
@@ -152,7 +152,7 @@ def test_losses_and_vectors_are_those_of_steps_that_encode_everything_anew(base,
         np.testing.assert_allclose(table.scales, tables_of(expected)[stream].scales, rtol=1e-3, atol=1e-5)
 
 
-def plain_losses(base, run, batch, data):
+def plain_losses(base, pupil, batch, data):
     """Return a batch's losses by the book: the encoders run anew, everything is put together by hand."""
     family, states, pooled = family_of(base), {}, {}
     for stream, part in family.streams.items():
@@ -161,7 +161,7 @@ def plain_losses(base, run, batch, data):
             output = getattr(base, part.encoder)(ids, output_hidden_states=stream != "t5")
         states[stream] = (output[0] if stream == "t5" else output.hidden_states[-2], ids)
         pooled[stream] = getattr(output, "text_embeds", None)
-    deltas = run.model(states)
+    deltas = pupil.model(states)
     edited = {stream: add_delta(parts[0], deltas[stream]) for stream, parts in states.items()}
     clip = torch.cat([edited["clip_l"], edited["clip_g"]], dim=-1)
     if family is SD35:

@@ -85,16 +85,17 @@ def test_the_loss_is_that_of_a_pipeline_with_the_adapter_loaded(base, run, monke
     seen = []
     losses = trainer._Run._losses
 
-    def look(self, batch, data):
-        found = losses(self, batch, data)
+    def look(self, parts):
+        found = losses(self, parts)
+        ((pupil, batch, data),) = parts
         rows = batch.texts
         frozen = {}
         pooled = {s: texts.pooled[rows] for s, texts in data.texts.items() if texts.pooled is not None}
-        visited = {name: stream.visited.clone() for name, stream in self.streams.items()}
-        for stream in self.streams.values():
+        visited = {name: stream.visited.clone() for name, stream in pupil.streams.items()}
+        for stream in pupil.streams.values():
             stream.visited[:] = True
-        adapter = self.prepared.adapter(self.settings, 0)
-        for name, stream in self.streams.items():
+        adapter = pupil.prepared.adapter(self.settings, 0)
+        for name, stream in pupil.streams.items():
             stream.visited = visited[name]
         pipeline = copy_family(base)
         load_engram(pipeline, adapter)
@@ -105,10 +106,10 @@ def test_the_loss_is_that_of_a_pipeline_with_the_adapter_loaded(base, run, monke
                 out = encoder(data.texts[stream].ids[rows], output_hidden_states=penultimate)
                 frozen[stream] = out.hidden_states[-2] if penultimate else out.last_hidden_state
             self.objective.__dict__[_attribute(self)] = getattr(pipeline, self.settings.family.denoiser)
-            conditions = self.prepared.conditioner(frozen, pooled)
+            conditions = self.model.conditioner(frozen, pooled)
             other = self.objective.losses(batch.latents, batch.noise, batch.times, conditions)
             self.objective.__dict__[_attribute(self)] = self._denoiser
-        seen.append((found.detach(), other))
+        seen.append((found[0].detach(), other))
         return found
 
     monkeypatch.setattr(trainer._Run, "_losses", look)
@@ -162,14 +163,14 @@ def test_previews_change_nothing(run, monkeypatch):
 
 def test_nothing_stays_attached_after_a_run(run, monkeypatch):
     denoisers = []
-    finish = trainer._Run._finish
+    steps = trainer._Run._do_steps
 
-    def look(self, mean):
+    def look(self):
         denoisers.append(self._denoiser)
         assert attached_sites(self._denoiser) is not None
-        return finish(self, mean)
+        steps(self)
 
-    monkeypatch.setattr(trainer._Run, "_finish", look)
+    monkeypatch.setattr(trainer._Run, "_do_steps", look)
     run(steps=1)
     assert attached_sites(denoisers[0]) is None
 

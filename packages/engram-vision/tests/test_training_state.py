@@ -12,7 +12,7 @@ from vision_builders import LOUD, TRIGGER, Log, build_model, captions, train_set
 
 from engram_core import AdapterWriteError, InputError, TargetExistsError
 from engram_core.training.metrics import read_metrics
-from engram_vision.training import state, store, trainer
+from engram_vision.training import pupil, state, store
 from engram_vision.training.state import Progress, load_state, restore_optimizer, save_state
 from engram_vision.training.trainer import METRICS, STATE, train
 
@@ -392,7 +392,7 @@ def test_a_full_disk_at_the_end_keeps_the_finished_run(settings, uninterrupted, 
 
 
 def test_a_full_disk_at_the_start_writes_nothing(settings, monkeypatch):
-    monkeypatch.setattr(trainer, "write_all", full_after(10))
+    monkeypatch.setattr(pupil, "write_all", full_after(10))
     with pytest.raises(AdapterWriteError, match=r"settings.toml: cannot be written: No space left on device"):
         train(settings)
     left = [path.name for path in (settings.output.parent / "out.run").iterdir()]

@@ -6,13 +6,14 @@ import contextlib
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import typer
 
 from engram_cli.backends import find_backbone, list_able, none_able
+from engram_cli.concept_lists import OWN_SETTINGS, read_concepts
 from engram_cli.endings import UsageError
 from engram_cli.options import NOT_SETTINGS
 from engram_cli.settings_files import parse_value, read_settings
@@ -104,6 +105,29 @@ class Choices:
             answers = {name: self._ask(name) for name in missing}
             self._answers.update(answers)
             return resolve_settings(kind, [*layers, Layer(source="your answer", values=_parse(kind, answers))])
+
+    def concept_settings(self, backbone: Any, path: Path) -> list[Any]:
+        """Return the settings of each concept of a list; its own are stronger than those of files, for all.
+
+        Args:
+            backbone: one that trains.
+            path: the list.
+
+        Raises:
+            UsageError: the list or settings are wrong.
+        """
+        kind = _settings_class(backbone, self._command)
+        with _wrong_usage():
+            for name in (name for name in OWN_SETTINGS if name in self._flags or name in self._assigned):
+                raise InputError(f"{name} is a concept's own; write it in {path}, or train one without --concepts")
+            folder = self._flags.get("output") or next(iter(self.texts("output")), None)
+            if folder is None:
+                raise InputError("missing: --output, the folder for the adapters")
+            *weaker, assigned, flags = self._layers(backbone)
+            stronger = [replace(each, values={**each.values, "output": None}) for each in (assigned, flags)]
+            return [
+                resolve_settings(kind, [*weaker, concept, *stronger]) for concept in read_concepts(path, Path(folder))
+            ]
 
     def command_line(self, **changes: bool) -> str:
         """Return a command that makes the same choices again, answers included.

@@ -28,7 +28,9 @@ Assignments = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what exists.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result for scripts.")]
 
-NOT_SETTINGS = frozenset({"ctx", "backbone", "config", "assignments", "resume", "force", "as_json"})
+NOT_SETTINGS = frozenset(
+    {"ctx", "backbone", "config", "assignments", "resume", "force", "as_json", "concepts", "at_once", "workers"}
+)
 """Parameters of commands that are no settings of a backbone; all others are named as their setting."""
 
 

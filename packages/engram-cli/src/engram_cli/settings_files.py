@@ -49,7 +49,7 @@ def read_settings(path: Path | None, command: str) -> SettingsFile:
     if path is None and not DEFAULT_FILE.exists():
         return SettingsFile()
     source = path or DEFAULT_FILE
-    content = _read(source)
+    content = read_toml(source)
     faults = [
         f"{source}: there is no table [{name}]{_suggest(name)}; the tables are {', '.join(f'[{t}]' for t in _TABLES)}"
         for name, value in content.items()
@@ -89,7 +89,12 @@ def parse_value(text: str) -> Any:
     return content["value"] if len(content) == 1 else text
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return what a TOML file holds.
+
+    Raises:
+        InputError: it cannot be read or is not TOML.
+    """
     from engram_core import InputError
 
     try:

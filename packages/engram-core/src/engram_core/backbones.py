@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -174,6 +174,45 @@ class TrainingBackbone(Backbone, Protocol):
         Raises:
             EngramError: anything the user can mend.
             KeyboardInterrupt: after the state was saved, so that `resume` goes on.
+        """
+        ...
+
+
+@runtime_checkable
+class ConceptsTrainingBackbone(TrainingBackbone, Protocol):
+    """A backbone that can train several concepts at once: one pass through the frozen model serves them all."""
+
+    def check_concepts(self, settings: Sequence[Any], *, resume: bool = False, overwrite: bool = False) -> None:
+        """Refuse early what `train_together` would, for any number of concepts; loads nothing.
+
+        Args:
+            settings: an instance of `train_settings` for each concept.
+            resume: as for `train_together`.
+            overwrite: as for `train_together`.
+
+        Raises:
+            EngramError: they cannot learn together, or would overwrite something.
+        """
+        ...
+
+    def train_together(
+        self,
+        settings: Sequence[Any],
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        watcher: Watcher | None = None,
+    ) -> list[TrainReport]:
+        """Train concepts at once, each as if it were alone, and write an adapter for each.
+
+        Args:
+            settings: an instance of `train_settings` for each concept, with an attribute `output`.
+            resume: go on with interrupted runs, each from where it stopped.
+            overwrite: as for `train`.
+            watcher: hears how it goes.
+
+        Raises:
+            EngramError, KeyboardInterrupt: as for `train`.
         """
         ...
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         Wan22GenerateSettings,
         Wan22TrainSettings,
     )
-    from engram_video.training.clips import train
+    from engram_video.training.clips import train, train_together
     from engram_vision import (
         LoadedEngram,
         disable_engrams,
@@ -50,6 +50,7 @@ __all__ = [
     "load_engram",
     "set_strength",
     "train",
+    "train_together",
     "unload_engrams",
 ]
 
@@ -62,6 +63,7 @@ _HOMES = {
     "evaluate": "engram_video.evaluation.clips",
     "generate": "engram_video.generation",
     "train": "engram_video.training.clips",
+    "train_together": "engram_video.training.clips",
 }
 
 

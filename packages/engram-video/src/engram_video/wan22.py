@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from engram_core import ClipsReport, DemoReport, EvaluateReport, GenerateReport, TrainReport, Watcher
+from engram_core import ClipsReport, DemoReport, EvaluateReport, GenerateReport, Watcher
 from engram_video.families import WAN22 as FAMILY
 from engram_video.settings import (
     Wan22ClipsSettings,
@@ -16,6 +16,9 @@ from engram_video.settings import (
 )
 from engram_vision.backbone import DiffusersBackbone
 from engram_vision.shipped import TINY
+
+if TYPE_CHECKING:
+    from engram_vision.training.medium import Medium
 
 __all__ = ["WAN22", "Wan22"]
 
@@ -52,18 +55,11 @@ class Wan22(DiffusersBackbone):
         "precision": "fp32",
     }
 
-    def train(
-        self,
-        settings: Wan22TrainSettings,
-        *,
-        resume: bool = False,
-        overwrite: bool = False,
-        watcher: Watcher | None = None,
-    ) -> TrainReport:
-        """Train one concept from clips; see `engram_video.training.clips.train`."""
-        from engram_video.training.clips import train  # imports torch
+    def medium(self) -> Medium:
+        """Return `CLIPS`."""
+        from engram_video.training.clips import CLIPS  # imports torch
 
-        return train(settings, resume=resume, overwrite=overwrite, watcher=watcher)
+        return CLIPS
 
     def generate(
         self, settings: Wan22GenerateSettings, *, overwrite: bool = False, watcher: Watcher | None = None

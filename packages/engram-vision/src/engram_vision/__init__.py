@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         SDXLGenerateSettings,
         SDXLTrainSettings,
     )
-    from engram_vision.training.trainer import train
+    from engram_vision.training.trainer import train, train_together
 
 __version__ = "0.1.0"
 
@@ -60,6 +60,7 @@ __all__ = [
     "load_engram",
     "set_strength",
     "train",
+    "train_together",
     "unload_engrams",
 ]
 
@@ -83,6 +84,7 @@ _HOMES = {
     "evaluate": "engram_vision.evaluation.run",
     "generate": "engram_vision.generation",
     "train": "engram_vision.training.trainer",
+    "train_together": "engram_vision.training.trainer",
 }
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engram_core import DemoReport, EvaluateReport, GenerateReport, StreamTokenizer, TrainReport, Watcher
 from engram_core.huggingface import TokenizerSource, load_tokenizers
@@ -13,6 +13,9 @@ from engram_vision.evaluation.settings import EvaluateSettings
 from engram_vision.families import Family
 from engram_vision.settings import GenerateSettings, TrainSettings
 from engram_vision.shipped import TINY, model_place
+
+if TYPE_CHECKING:
+    from engram_vision.training.medium import Medium
 
 __all__ = ["DiffusersBackbone", "ImageBackbone", "ImageBackboneWithDemo"]
 
@@ -60,9 +63,9 @@ class DiffusersBackbone:
         """Return what suits `tiny`: to draw as `generate` does, and the judge that was made for what it draws."""
         return {**self.tiny_generate, "image_model": TINY, "text_model": TINY} if model == TINY else {}
 
-
-class ImageBackbone(DiffusersBackbone):
-    """A family of image generators."""
+    def medium(self) -> Medium:
+        """Return what training must know of what the family draws; imports torch."""
+        raise NotImplementedError
 
     def train(
         self, settings: TrainSettings, *, resume: bool = False, overwrite: bool = False, watcher: Watcher | None = None
@@ -70,7 +73,38 @@ class ImageBackbone(DiffusersBackbone):
         """Train one concept; see `engram_vision.training.trainer.train`."""
         from engram_vision.training.trainer import train  # imports torch
 
-        return train(settings, resume=resume, overwrite=overwrite, watcher=watcher)
+        return train(settings, resume=resume, overwrite=overwrite, watcher=watcher, medium=self.medium())
+
+    def check_concepts(
+        self, settings: Sequence[TrainSettings], *, resume: bool = False, overwrite: bool = False
+    ) -> None:
+        """Refuse what `train_together` would; see `engram_vision.training.checks.check_concepts`."""
+        from engram_vision.training.checks import check_concepts
+
+        check_concepts(settings, resume=resume, overwrite=overwrite)
+
+    def train_together(
+        self,
+        settings: Sequence[TrainSettings],
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        watcher: Watcher | None = None,
+    ) -> list[TrainReport]:
+        """Train several concepts at once; see `engram_vision.training.trainer.train_together`."""
+        from engram_vision.training.trainer import train_together  # imports torch
+
+        return train_together(settings, resume=resume, overwrite=overwrite, watcher=watcher, medium=self.medium())
+
+
+class ImageBackbone(DiffusersBackbone):
+    """A family of image generators."""
+
+    def medium(self) -> Medium:
+        """Return `PICTURES`."""
+        from engram_vision.training.pictures import PICTURES  # imports torch
+
+        return PICTURES
 
     def generate(
         self, settings: GenerateSettings, *, overwrite: bool = False, watcher: Watcher | None = None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from engram_cli.file_names import file_name
 
 
 def register(app: typer.Typer) -> None:
@@ -53,5 +54,4 @@ def default_target(names: list[str]) -> Path:
     """Return a file name in the current folder, made from the concept's name when there is one."""
     if len(set(names)) > 1:
         return Path("extracted.safetensors")
-    slug = re.sub(r"[^\w]+", "-", names[0].lower()).strip("-")
-    return Path(f"{slug or 'extracted'}.safetensors")
+    return Path(file_name(names[0], "extracted"))

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from engram_cli.options import AsJson, Assignments, Backbone, Config, Force, GroupedCommand
 from engram_cli.settings_files import parse_value
 
-_CONCEPT, _MEMORY, _TEXTS, _STEPS, _DATA, _MODEL, _WATCH, _RUN = (
+if TYPE_CHECKING:
+    from engram_cli.choices import Choices
+    from engram_core import TrainReport
+
+_CONCEPT, _MEMORY, _TEXTS, _STEPS, _DATA, _MODEL, _WATCH, _MANY, _RUN = (
     "What to learn",
     "Its memory",
     "A language model's memory",
@@ -18,6 +24,7 @@ _CONCEPT, _MEMORY, _TEXTS, _STEPS, _DATA, _MODEL, _WATCH, _RUN = (
     "Training data",
     "The frozen model",
     "Validation, previews and states",
+    "Many concepts",
     "Other options",
 )
 
@@ -248,6 +255,21 @@ def train(
             rich_help_panel=_WATCH,
         ),
     ] = None,
+    concepts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="TOML list of concepts, a table [[concept]] with trigger and data for each; --output is a folder.",
+            rich_help_panel=_MANY,
+        ),
+    ] = None,
+    at_once: Annotated[
+        int, typer.Option(min=1, help="How many of them learn in one batch.", rich_help_panel=_MANY)
+    ] = 8,
+    workers: Annotated[
+        int,
+        typer.Option(min=0, help="Processes of a Ray cluster that train them; 0 is here.", rich_help_panel=_MANY),
+    ] = 0,
     backbone: Backbone = None,
     assignments: Assignments = None,
     config: Config = None,
@@ -267,6 +289,9 @@ def train(
 
     choices = Choices(ctx, arguments)
     family = choices.backbone()
+    if concepts is not None:
+        _train_concepts(choices, family, arguments)
+        return
     settings = choices.settings(family)
     try:
         with watching(as_json=as_json) as watcher:
@@ -274,19 +299,7 @@ def train(
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted; go on with: {choices.command_line(resume=True, force=False)}") from None
     if as_json:
-        show_json(
-            {
-                "output": str(report.output),
-                "identity": report.identity,
-                "bytes": report.n_bytes,
-                "entries": dict(report.entries),
-                "steps": report.steps,
-                "kept_step": report.kept_step,
-                "loss": report.loss,
-                "run_dir": str(report.run_dir),
-                "seconds": report.seconds,
-            }
-        )
+        show_json(_describe(report))
         return
     contents = report.contents or format_entries(report.entries)
     show_written(report.output, contents, report.n_bytes, report.identity)
@@ -295,3 +308,58 @@ def train(
         f"took {format_duration(report.seconds)}"
     )
     show(printable(f"run folder {report.run_dir}"))
+
+
+def _train_concepts(choices: Choices, family: Any, arguments: Mapping[str, Any]) -> None:
+    from engram_cli.endings import Interrupted, UsageError
+    from engram_cli.messages import format_duration, format_size, printable, show, show_json
+    from engram_cli.watchers import watching
+    from engram_core import ConceptsTrainingBackbone
+    from engram_core.training.concepts import train_concepts
+
+    if not isinstance(family, ConceptsTrainingBackbone):
+        raise UsageError(f"backbone {family.name!r} trains one concept at a time; leave --concepts out")
+    settings = choices.concept_settings(family, arguments["concepts"])
+    folder = settings[0].output.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be made: {error.strerror}") from None
+    began = time.monotonic()
+    try:
+        with watching(as_json=arguments["as_json"]) as watcher:
+            reports = train_concepts(
+                family,
+                settings,
+                at_once=arguments["at_once"],
+                workers=arguments["workers"],
+                resume=arguments["resume"],
+                overwrite=arguments["force"],
+                watcher=watcher,
+            )
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted; go on with: {choices.command_line(resume=True, force=False)}") from None
+    seconds = time.monotonic() - began
+    if arguments["as_json"]:
+        show_json({"folder": str(folder), "seconds": seconds, "concepts": [_describe(report) for report in reports]})
+        return
+    size = format_size(sum(report.n_bytes for report in reports))
+    show(printable(f"{folder}: {len(reports)} concepts, {size}"))
+    pace = f", {len(reports) / seconds * 3600:.0f} concepts an hour" if reports else ""
+    show(f"took {format_duration(seconds)}{pace}")
+    show(printable(f"put them into one file with: engram merge {folder}/*.safetensors -o all.safetensors"))
+
+
+def _describe(report: TrainReport) -> dict[str, Any]:
+    """Return a report for --json."""
+    return {
+        "output": str(report.output),
+        "identity": report.identity,
+        "bytes": report.n_bytes,
+        "entries": dict(report.entries),
+        "steps": report.steps,
+        "kept_step": report.kept_step,
+        "loss": report.loss,
+        "run_dir": str(report.run_dir),
+        "seconds": report.seconds,
+    }

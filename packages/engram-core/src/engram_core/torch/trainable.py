@@ -1,7 +1,7 @@
 """A concept while it is trained: vectors and scales that learn, everything else frozen.
 
-The arithmetic is the residual's own, so what training sees is what generation does, but for the last bits in which NumPy
-and PyTorch round tanh and norms differently.
+The arithmetic is the residual's own, so what training sees is what generation does, but for the last bits in which
+NumPy and PyTorch round tanh and norms differently.
 Shapes: B rows, L positions, d width, S sites, K entries, P trainable vectors (variants share them), U matched entries;
 `...` is d, or S, d where the stream has sites.
 """

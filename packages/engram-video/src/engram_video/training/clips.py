@@ -30,7 +30,7 @@ from engram_vision.memory import Estimate
 from engram_vision.training import trainer
 from engram_vision.training.frozen import Latents, digest_parts
 
-__all__ = ["CLIPS", "Clips", "encode_clips", "train"]
+__all__ = ["CLIPS", "Clips", "encode_clips", "train", "train_together"]
 
 _PREVIEW_STEPS, _PREVIEW_GUIDANCE, _PREVIEW_FPS = 25, 5.0, 8
 
@@ -123,6 +123,24 @@ def train(
         watcher: hears how it goes.
     """
     return trainer.train(settings, resume=resume, overwrite=overwrite, watcher=watcher, medium=CLIPS)
+
+
+def train_together(
+    settings: Sequence[Wan22TrainSettings],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    watcher: Watcher | None = None,
+) -> list[TrainReport]:
+    """Train several concepts from clips at once; see `engram_vision.training.trainer.train_together`.
+
+    Args:
+        settings: of each concept.
+        resume: go on with interrupted runs.
+        overwrite: as for `train`.
+        watcher: hears how it goes.
+    """
+    return trainer.train_together(settings, resume=resume, overwrite=overwrite, watcher=watcher, medium=CLIPS)
 
 
 @torch.no_grad()

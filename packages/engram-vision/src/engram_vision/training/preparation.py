@@ -32,7 +32,7 @@ from engram_vision.training.initial import describe_vectors, random_vectors
 from engram_vision.training.medium import Conditions, Medium
 from engram_vision.training.store import FrozenStore
 
-__all__ = ["Prepared", "prepare", "read_data"]
+__all__ = ["Model", "Prepared", "Samples", "load_model", "prepare", "read_data"]
 
 # Settings that may change between an interrupted run and its continuation.
 _FREE = {"output", "run_dir", "device", "save_every", "preview_every", "preview_prompts", "tracker", "license", "name"}
@@ -58,27 +58,53 @@ _RECORDED |= {"width", "height", "frames"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Prepared:
-    """What the steps work with.
+class Model:
+    """The frozen model, before its encoders leave it.
 
     Attributes:
-        pipeline: the frozen model; its denoiser is on the device.
+        pipeline: all of it.
+        readers: its text encoders, by stream.
         conditioner: puts together what the denoiser reads.
+        corners: where the streams' states are in what the denoiser reads.
+        weights: a digest of its weights.
+    """
+
+    pipeline: Any
+    readers: Mapping[str, TextReader]
+    conditioner: Conditions
+    corners: Mapping[str, Corner]
+    weights: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Samples:
+    """What a concept is learned from, as it was read from disk.
+
+    Attributes:
+        learned: the training set.
+        unseen: the validation set, where one is given.
+    """
+
+    learned: Sequence[Captioned]
+    unseen: Sequence[Captioned] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Prepared:
+    """One concept before its first step.
+
+    Attributes:
         data: the training set.
         unseen: the validation set; the training set itself where none was given.
         n_samples: in the training set, by what they are called.
-        corners: where the streams' states are in what the denoiser reads.
         model: the base model's name and a digest of its weights.
         manifest: of the adapter.
         concept: what learns.
     """
 
-    pipeline: Any
-    conditioner: Conditions
     data: FrozenData
     unseen: FrozenData
     n_samples: Mapping[str, int]
-    corners: Mapping[str, Corner]
     model: str
     manifest: Manifest
     concept: TrainableConcept
@@ -103,9 +129,7 @@ class Prepared:
         return values | {"model": self.model}
 
 
-def read_data(
-    settings: TrainSettings, medium: Medium, watcher: Watcher
-) -> tuple[Sequence[Captioned], Sequence[Captioned] | None]:
+def read_data(settings: TrainSettings, medium: Medium, watcher: Watcher) -> Samples:
     """Return the training set and, where one is given, the validation set.
 
     Raises:
@@ -113,36 +137,22 @@ def read_data(
     """
     watcher.begin(f"reading {medium.name}")
     data, unseen = settings.data, settings.validation_data
-    return medium.read(data, settings, watcher), medium.read(unseen, settings, watcher) if unseen else None
+    return Samples(
+        learned=medium.read(data, settings, watcher), unseen=medium.read(unseen, settings, watcher) if unseen else None
+    )
 
 
-def prepare(
-    settings: TrainSettings,
-    medium: Medium,
-    data: Sequence[Captioned],
-    unseen: Sequence[Captioned] | None,
-    device: torch.device,
-    cache: Path,
-    watcher: Watcher,
-    *,
-    keeps: bool = True,
-) -> Prepared:
-    """Load the model and run its frozen parts over the data, once.
+def load_model(settings: TrainSettings, medium: Medium, device: torch.device, watcher: Watcher) -> Model:
+    """Load the model that concepts are trained for.
 
     Args:
-        settings: of the run.
+        settings: of any of them.
         medium: of the family.
-        data: the training set.
-        unseen: the validation set.
-        device: where to compute.
-        cache: folder for what the frozen parts make.
+        device: where its encoders will compute.
         watcher: hears how it goes.
-        keeps: whether this process writes there.
 
     Raises:
-        InputError: the model, the size, a sample or a caption cannot be used.
-        TriggerError: the trigger cannot be registered.
-        AdapterWriteError: the outcome cannot be kept.
+        InputError: the model cannot be used.
     """
     family = settings.family
     watcher.begin(f"loading {settings.model}")
@@ -151,23 +161,58 @@ def prepare(
     tokenizers = pipeline_tokenizers(pipeline)
     for stream in family.streams.keys() - tokenizers.keys():
         watcher.note(f"the model has no {family.streams[stream].encoder}, so the adapter will have no stream {stream}")
+    return Model(
+        pipeline=pipeline,
+        readers={
+            stream: TextReader(family, pipeline, stream, tokenizer, device) for stream, tokenizer in tokenizers.items()
+        },
+        conditioner=medium.conditioner(settings, pipeline),
+        corners=find_corners(family, pipeline),
+        weights=_digest_weights(family, pipeline),
+    )
+
+
+def prepare(
+    settings: TrainSettings,
+    medium: Medium,
+    samples: Samples,
+    model: Model,
+    device: torch.device,
+    cache: Path,
+    watcher: Watcher,
+    *,
+    keeps: bool = True,
+) -> Prepared:
+    """Run the model's frozen parts over a concept's data, once.
+
+    Args:
+        settings: of the concept.
+        medium: of the family.
+        samples: what it is learned from.
+        model: with its encoders.
+        device: where to compute.
+        cache: folder for what the frozen parts make.
+        watcher: hears how it goes.
+        keeps: whether this process writes there.
+
+    Raises:
+        InputError: the size, a sample or a caption cannot be used.
+        TriggerError: the trigger cannot be registered.
+        AdapterWriteError: the outcome cannot be kept.
+    """
+    family, pipeline, readers = settings.family, model.pipeline, model.readers
     registries = {
         stream: build_registry(
             settings.trigger,
-            tokenizer,
+            reader.tokenizer,
             max_ngram=settings.max_ngram,
             allow_single_token=settings.allow_single_token,
         )
-        for stream, tokenizer in tokenizers.items()
+        for stream, reader in readers.items()
     }
-    readers = {
-        stream: TextReader(family, pipeline, stream, tokenizer, device) for stream, tokenizer in tokenizers.items()
-    }
-
-    weights = _digest_weights(family, pipeline)
 
     def run_frozen(items: Sequence[Captioned], *, learning: bool) -> FrozenData:
-        facts = _list_facts(settings, learning=learning) | {"weights": weights, "device": device.type}
+        facts = _list_facts(settings, learning=learning) | {"weights": model.weights, "device": device.type}
         return freeze(
             readers,
             items,
@@ -176,7 +221,7 @@ def prepare(
             FrozenStore(folder=cache, facts=facts, writes=keeps, note=watcher.note),
         )
 
-    frozen = run_frozen(data, learning=True)
+    frozen = run_frozen(samples.learned, learning=True)
     sites = name_sites(family, pipeline) if settings.sites == "blocks" else None
     specs = {
         stream: StreamSpec(
@@ -185,13 +230,10 @@ def prepare(
         for stream, reader in readers.items()
     }
     return Prepared(
-        pipeline=pipeline,
-        conditioner=medium.conditioner(settings, pipeline),
         data=frozen,
-        unseen=frozen if unseen is None else run_frozen(unseen, learning=False),
-        n_samples={medium.name: len(data)},
-        corners=find_corners(family, pipeline),
-        model=f"{_model_name(settings.model)} with weights {weights}",
+        unseen=frozen if samples.unseen is None else run_frozen(samples.unseen, learning=False),
+        n_samples={medium.name: len(samples.learned)},
+        model=f"{_model_name(settings.model)} with weights {model.weights}",
         manifest=Manifest(
             backbone=family.name,
             base_model=_model_name(settings.model),

@@ -1,48 +1,40 @@
-"""The training loop: one pass through the frozen denoiser a step, gradients for vectors and scales alone."""
+"""The training loop: one pass through the frozen denoiser a step, gradients for vectors and scales alone.
+
+Several concepts may learn at once: their samples go through the denoiser together, and nothing else of them meets.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
 
-import tomli_w
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor
 
-from engram_core import InputError, TargetExistsError, TrainingError, TrainReport, Watcher
-from engram_core.container import open_target, write_all
-from engram_core.errors import one_line
-from engram_core.settings import dump_settings
-from engram_core.torch import add_delta
+from engram_core import InputError, TrainReport, Watcher
+from engram_core.torch import Delta, add_delta
 from engram_core.training.interrupt import DeferredInterrupt
-from engram_core.training.metrics import MetricsFile
-from engram_core.training.schedule import rate_factor
 from engram_vision.generation import make_folder
 from engram_vision.loading import load_engram, unload_engrams
 from engram_vision.models import pick_device
 from engram_vision.settings import TrainSettings
 from engram_vision.shipped import TINY
 from engram_vision.site_hooks import SiteReader, attach_sites, detach_sites
-from engram_vision.training.batches import Batch, draw_batch, fixed_batches
+from engram_vision.training.batches import Batch
+from engram_vision.training.checks import METRICS, SETTINGS, STATE, check_concepts, is_begun, run_folder
 from engram_vision.training.frozen import FrozenData
 from engram_vision.training.medium import Medium
 from engram_vision.training.pictures import PICTURES
 from engram_vision.training.placement import Placement, peak_memory_mb
-from engram_vision.training.preparation import prepare, read_data
-from engram_vision.training.state import Progress, load_state, restore_optimizer, save_state
+from engram_vision.training.preparation import load_model, prepare, read_data
+from engram_vision.training.pupil import Pupil, flat_settings
 
-__all__ = ["METRICS", "PREVIEWS", "SETTINGS", "STATE", "train"]
+__all__ = ["METRICS", "PREVIEWS", "SETTINGS", "STATE", "train", "train_together"]
 
-STATE = "state.safetensors"
-METRICS = "metrics.jsonl"
-SETTINGS = "settings.toml"
 PREVIEWS = "previews"
 
 _LOG_EVERY = 10
@@ -73,37 +65,57 @@ def train(
         AdapterWriteError: something cannot be written, e.g. because the disk is full; the last state is kept.
         KeyboardInterrupt: after the state was saved.
     """
-    run = _Run(settings, medium, watcher or Watcher(), resume=resume, overwrite=overwrite)
-    return run.train()
+    check_concepts([settings], resume=resume, overwrite=overwrite)
+    (report,) = _Run([settings], medium, watcher or Watcher(), resume=[resume]).train()
+    return report
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Best:
-    step: int
-    loss: float
-    values: Mapping[str, Tensor]
+def train_together(
+    settings: Sequence[TrainSettings],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    watcher: Watcher | None = None,
+    medium: Medium = PICTURES,
+) -> list[TrainReport]:
+    """Train several concepts at once, each as if it were alone, and write an adapter for each.
+
+    The model is loaded once, and at each step the samples of all concepts pass through it together. What a concept
+    learns is what it would learn alone, but for the rounding of matrix products of another size.
+
+    Args:
+        settings: of each concept; they differ in what is the concept's own (data, trigger, output, rates, seed ...).
+        resume: go on with interrupted runs, each from where it stopped; concepts not begun yet begin.
+        overwrite: as for `train`.
+        watcher: hears how it goes.
+        medium: what the family draws.
+
+    Raises:
+        InputError: also when the settings differ in more than that, or two write the same file.
+        EngramError, KeyboardInterrupt: as for `train`.
+    """
+    check_concepts(settings, resume=resume, overwrite=overwrite)
+    goes_on = [resume and is_begun(each) for each in settings]
+    return _Run(settings, medium, watcher or Watcher(), resume=goes_on).train()
 
 
 class _Run:
-    """One call of `train`."""
+    """One call of `train_together`."""
 
     def __init__(
-        self, settings: TrainSettings, medium: Medium, watcher: Watcher, *, resume: bool, overwrite: bool
+        self, settings: Sequence[TrainSettings], medium: Medium, watcher: Watcher, *, resume: Sequence[bool]
     ) -> None:
         self.started = time.monotonic()
-        self.settings, self.medium, self.watcher = settings, medium, watcher
-        self.folder = settings.run_dir or settings.output.with_suffix(".run")
-        _check_tracker(settings.tracker)
-        _check_targets(settings, self.folder, resume=resume, overwrite=overwrite)
-        device = pick_device(settings.device, settings.precision)
-        data, unseen = read_data(settings, medium, watcher)
-        if settings.model != TINY:
-            self._tell_memory()
+        self.settings, self.medium, self.watcher = settings[0], medium, watcher
+        device = pick_device(self.settings.device, self.settings.precision)
+        samples = [read_data(each, medium, watcher) for each in settings]
+        if self.settings.model != TINY:
+            self._tell_memory(len(settings))
         self.accelerator = Accelerator(
             cpu=device.type == "cpu",
             mixed_precision="no",  # whatever a user's accelerate configuration says of other scripts
-            log_with=None if settings.tracker == "none" else settings.tracker,
-            project_dir=self.folder,
+            log_with=None if self.settings.tracker == "none" else self.settings.tracker,
+            project_dir=run_folder(self.settings),
             # A caption may be cut before the trigger in one stream, whose vectors then have no part in a batch.
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
@@ -112,100 +124,82 @@ class _Run:
             raise InputError(
                 f"this Python process works on {self.device.type} already; start another for {device.type}"
             )
-        cache, main = settings.cache_dir or self.folder, self.accelerator.is_main_process
-        self.prepared = prepare(settings, medium, data, unseen, self.device, cache, watcher, keeps=main)
-        self.pipeline, self.streams = self.prepared.pipeline, self.prepared.streams
-        self.objective = medium.objective(settings, self.pipeline)
-        self.placement = Placement(self.pipeline, settings, self.device, watcher)
+        self.model = load_model(self.settings, medium, self.device, watcher)
+        self.pipeline = self.model.pipeline
+        self.objective = medium.objective(self.settings, self.pipeline)
+        main = self.accelerator.is_main_process
+        self.pupils = []
+        for each, data, goes_on in zip(settings, samples, resume, strict=True):
+            cache = each.cache_dir or run_folder(each)
+            prepared = prepare(each, medium, data, self.model, self.device, cache, watcher, keeps=main)
+            self.pupils.append(Pupil(each, prepared, self.objective, self.accelerator, watcher, resume=goes_on))
+        self.placement = Placement(self.pipeline, self.settings, self.device, watcher)
         self.reader = None
-        if settings.sites == "blocks":
-            self.reader = SiteReader(settings.family, self.prepared.corners, {})
+        if self.settings.sites == "blocks":
+            self.reader = SiteReader(self.settings.family, self.model.corners, {})
             self._attach_sites()
-        groups = [
-            {"params": [stream.vectors for stream in self.streams.values()], "peak": settings.vector_rate},
-            {"params": [stream.scales for stream in self.streams.values()], "peak": settings.scale_rate},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
-        self.model = self.accelerator.prepare(self.prepared.concept)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
-        self.identity = self.prepared.describe(settings)
-        self.first, self.best = 0, _Best(0, math.inf, {})
-        if resume:
-            self._resume()
 
-    def _tell_memory(self) -> None:
+    def _tell_memory(self, count: int) -> None:
         """Tell what the run will need before anything is loaded, where that can be known."""
         self.watcher.begin("estimating memory")
-        estimate = self.medium.estimate(self.settings)
+        estimate = self.medium.estimate(replace(self.settings, batch_size=self.settings.batch_size * count))
         if estimate is not None:
             self.watcher.note(" ".join(estimate.show().splitlines()))
 
-    def train(self) -> TrainReport:
-        """Do the steps that are left and write the adapter."""
+    def train(self) -> list[TrainReport]:
+        """Do the steps that are left and write the adapters."""
         try:
-            return self._finish(self._do_steps())
+            self._do_steps()
+            return [pupil.finish(time.monotonic() - self.started) for pupil in self.pupils]
         finally:
             self.accelerator.end_training()
             self.placement.end()
             detach_sites(self._denoiser)
 
-    def _do_steps(self) -> float:
-        """Return the last mean training loss."""
+    def _do_steps(self) -> None:
         settings, main = self.settings, self.accelerator.is_main_process
-        mean, begun = math.nan, time.monotonic()
+        begun = time.monotonic()
         if main:
-            metrics = self._open_folder()
-            mean = metrics.loss
+            for pupil in self.pupils:
+                pupil.open_folder()
         if settings.tracker != "none":
-            self.accelerator.init_trackers("engram", config=_flat(dump_settings(settings)))
-        checks: Sequence[Batch] = ()
-        if settings.validate_every:
-            checks = fixed_batches(
-                self.prepared.unseen,
-                self.objective,
-                draws=settings.validation_draws,
-                size=settings.batch_size,
-                seed=settings.seed,
-            )
-        self.watcher.begin("training", settings.steps, self.first)
-        losses: list[Tensor] = []
+            self.accelerator.init_trackers("engram", config=flat_settings(settings))
+        checks = {pupil: pupil.checks() for pupil in self.pupils}
+        first = min(pupil.first for pupil in self.pupils)
+        self.watcher.begin(_title("training", len(self.pupils)), settings.steps, first)
+        losses: dict[Pupil, list[Tensor]] = {pupil: [] for pupil in self.pupils}
         with DeferredInterrupt() as interrupt:
-            for done in range(self.first + 1, settings.steps + 1):
-                losses.append(self._step(done - 1))
+            for done in range(first + 1, settings.steps + 1):
+                # Of runs that were interrupted at different steps the others wait.
+                pupils = [pupil for pupil in self.pupils if pupil.first < done]
+                for pupil, loss in zip(pupils, self._step(pupils, done - 1), strict=True):
+                    losses[pupil].append(loss)
                 last, stops = done == settings.steps, self._asked_by_any(interrupt)
-                validates = bool(checks) and (last or done % settings.validate_every == 0)
+                validates = bool(settings.validate_every) and (last or done % settings.validate_every == 0)
                 saves = last or stops or done % settings.save_every == 0
                 figures: dict[str, float] = {}
                 if saves or validates or done % _LOG_EVERY == 0:
-                    mean = figures["loss"] = self._mean_loss(losses, done)
-                    losses = []
-                    figures["rate"] = self.optimizer.param_groups[0]["lr"]
-                    if validates:
-                        figures["validation_loss"] = self._validate(checks, done)
-                    figures["steps_per_second"] = (done - self.first) / (time.monotonic() - begun)
-                    figures["memory_mb"] = peak_memory_mb(self.device)
-                    if main:
-                        metrics.write(done, figures)
+                    speed = (done - first) / (time.monotonic() - begun)
+                    shared = {"steps_per_second": speed, "memory_mb": peak_memory_mb(self.device)}
+                    found = []
+                    for pupil in pupils:
+                        own = {"loss": pupil.report(losses[pupil], done), "rate": pupil.rate}
+                        losses[pupil] = []
+                        if validates:
+                            own["validation_loss"] = self._validate(pupil, checks[pupil], done)
+                        found.append(own)
+                        pupil.write_metrics(done, {**own, **shared})
+                    figures = {name: sum(own[name] for own in found) / len(found) for name in found[0]} | shared
                     self.accelerator.log(figures, step=done)
                 if saves:
-                    self._save(done)
+                    for pupil in pupils:
+                        pupil.save(done)
                 self.watcher.advance(done, figures)
                 if stops:
                     raise KeyboardInterrupt
                 if main and settings.preview_every and done % settings.preview_every == 0:
-                    self._preview(done)
+                    self._preview(pupils, done)
         self.watcher.end()
-        return mean
-
-    def _open_folder(self) -> MetricsFile:
-        """Make the run's folder, write the settings, and begin or continue the metrics."""
-        make_folder(self.folder)
-        if not self.first:
-            (self.folder / STATE).unlink(missing_ok=True)  # of a run that is begun anew
-        values = {"train": {"backbone": self.settings.family.name, **dump_settings(self.settings)}}
-        with open_target(self.folder / SETTINGS, overwrite=True) as file:
-            write_all(file, memoryview(tomli_w.dumps(values).encode()))
-        return MetricsFile(self.folder / METRICS, after_step=self.first)
 
     def _asked_by_any(self, interrupt: DeferredInterrupt) -> bool:
         """Tell whether any process heard Ctrl-C: they must stop at the same step."""
@@ -214,147 +208,87 @@ class _Run:
         asked = torch.tensor(float(interrupt.requested), device=self.device)
         return bool(self.accelerator.reduce(asked, "sum") > 0)
 
-    def _step(self, step: int) -> Tensor:
-        """Do one optimizer step and return its mean loss, on the device."""
-        settings, accelerator = self.settings, self.accelerator
-        factor = rate_factor(step, steps=settings.steps, warm_up=settings.warm_up, schedule=settings.schedule)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
-        total = torch.zeros((), device=self.device)
-        for part in range(settings.accumulate):
-            batch = draw_batch(
-                self.prepared.data,
-                self.objective,
-                size=settings.batch_size * accelerator.num_processes,
-                number=step * settings.accumulate + part,
-                seed=settings.seed,
-            ).part(accelerator.process_index * settings.batch_size, settings.batch_size)
-            waits = part + 1 < settings.accumulate
-            with accelerator.no_sync(self.model) if waits else contextlib.nullcontext():
-                loss = self._losses(batch, self.prepared.data).mean() / settings.accumulate
-                accelerator.backward(self.scaler.scale(loss))
-            total += loss.detach()
-        self.scaler.unscale_(self.optimizer)
-        if settings.max_grad_norm:
-            for group in self.optimizer.param_groups:
-                for parameter in group["params"]:
-                    torch.nn.utils.clip_grad_norm_(parameter, settings.max_grad_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        return total
+    def _step(self, pupils: Sequence[Pupil], step: int) -> list[Tensor]:
+        """Do one optimizer step of each pupil and return their mean losses, on the device."""
+        accelerator, parts = self.accelerator, self.settings.accumulate
+        totals = [torch.zeros((), device=self.device) for _ in pupils]
+        for part in range(parts):
+            batches = [(pupil, pupil.draw(step, part), pupil.prepared.data) for pupil in pupils]
+            with contextlib.ExitStack() as waiting:
+                if part + 1 < parts:
+                    for pupil in pupils:
+                        waiting.enter_context(accelerator.no_sync(pupil.model))
+                means = [losses.mean() / parts for losses in self._losses(batches)]
+                scaled = [pupil.scaler.scale(mean) for pupil, mean in zip(pupils, means, strict=True)]
+                # No sum of one: it would be another number in half precision.
+                accelerator.backward(scaled[0] if len(scaled) == 1 else torch.stack(scaled).sum())
+            totals = [total + mean.detach() for total, mean in zip(totals, means, strict=True)]
+        for pupil in pupils:
+            pupil.learn(step)
+        return totals
 
-    def _losses(self, batch: Batch, data: FrozenData) -> Tensor:
-        rows = batch.texts
-        frozen = {
-            stream: (
-                texts.states[rows].to(self.device),
-                texts.ids[rows],
-                None if texts.lengths is None else texts.lengths[rows],
-            )
-            for stream, texts in data.texts.items()
-        }
-        pooled = {
-            stream: texts.pooled[rows].to(self.device)
-            for stream, texts in data.texts.items()
-            if texts.pooled is not None
-        }
-        deltas = self.model(frozen)
-        states = {stream: parts[0] for stream, parts in frozen.items()}
-        if self.reader is None:
-            states = {stream: add_delta(each, deltas[stream]) for stream, each in states.items()}
-        conditions = self.prepared.conditioner(states, pooled)
-        latents, noise, times = (part.to(self.device) for part in (batch.latents, batch.noise, batch.times))
-        with contextlib.nullcontext() if self.reader is None else self.reader.given(deltas):
-            return self.objective.losses(latents, noise, times, conditions)
+    def _losses(self, parts: Sequence[tuple[Pupil, Batch, FrozenData]]) -> list[Tensor]:
+        """Return the losses of some pupils' batches, [B] each, of one pass through the denoiser."""
+        states: dict[str, list[Tensor]] = {stream: [] for stream in self.model.readers}
+        pooled: dict[str, list[Tensor]] = {}
+        deltas: dict[str, list[Delta]] = {stream: [] for stream in states}
+        before = 0
+        for pupil, batch, data in parts:
+            rows = batch.texts
+            frozen = {
+                stream: (
+                    texts.states[rows].to(self.device),
+                    texts.ids[rows],
+                    None if texts.lengths is None else texts.lengths[rows],
+                )
+                for stream, texts in data.texts.items()
+            }
+            for stream, delta in pupil.model(frozen).items():
+                text = data.texts[stream]
+                if text.pooled is not None:
+                    pooled.setdefault(stream, []).append(text.pooled[rows].to(self.device))
+                own = frozen[stream][0]
+                states[stream].append(add_delta(own, delta) if self.reader is None else own)
+                if delta is not None:
+                    deltas[stream].append(replace(delta, row=delta.row + before))
+            before += len(rows)
+        conditions = self.model.conditioner(_join(states), _join(pooled))
+        batches = [batch for _, batch, _ in parts]
+        latents, noise, times = (
+            torch.cat([getattr(batch, name) for batch in batches]).to(self.device)
+            for name in ("latents", "noise", "times")
+        )
+        with contextlib.ExitStack() as reading:
+            if self.reader is not None:
+                reading.enter_context(self.reader.given({name: _join_deltas(each) for name, each in deltas.items()}))
+            losses = self.objective.losses(latents, noise, times, conditions)
+        return list(torch.split(losses, [len(batch.texts) for batch in batches]))
 
     @torch.no_grad()
-    def _validate(self, batches: Sequence[Batch], step: int) -> float:
-        """Return the loss on the fixed batches, and remember the values if it is the lowest so far."""
-        visited = {name: stream.visited.clone() for name, stream in self.streams.items()}  # looking is not learning
-        losses = torch.cat([self._losses(batch, self.prepared.unseen) for batch in batches])
-        for name, stream in self.streams.items():
+    def _validate(self, pupil: Pupil, batches: Sequence[Batch], step: int) -> float:
+        """Return a pupil's loss on its fixed batches."""
+        visited = {name: stream.visited.clone() for name, stream in pupil.streams.items()}  # looking is not learning
+        parts = [self._losses([(pupil, batch, pupil.prepared.unseen)]) for batch in batches]
+        for name, stream in pupil.streams.items():
             stream.visited = visited[name]
-        loss = float(losses.mean())
-        if not math.isfinite(loss):
-            raise self._error(step, f"the validation loss is {loss:g}")
-        if loss < self.best.loss:
-            self.best = _Best(step, loss, self._values())
+        loss = float(torch.cat(list(chain.from_iterable(parts))).mean())
+        pupil.validated(loss, step)
         return loss
 
-    def _mean_loss(self, losses: Sequence[Tensor], step: int) -> float:
-        """Return the mean of some steps' losses over all processes.
-
-        Raises:
-            TrainingError: it is not finite, or the vectors are not.
-        """
-        mean = float(self.accelerator.gather(torch.stack(list(losses)).mean()).float().mean())
-        finite = all(bool(value.isfinite().all()) for value in self._values().values())
-        if not (math.isfinite(mean) and finite):
-            raise self._error(step, f"the loss is {mean:g}{'' if finite else ' and the vectors are not finite'}")
-        return mean
-
-    def _error(self, step: int, fact: str) -> TrainingError:
-        state = self.folder / STATE
-        kept = f"{state} keeps the last good state" if state.is_file() else "no state was saved before"
-        remedy = f"begin anew with --force and a vector_rate below {self.settings.vector_rate:g}, or in precision fp32"
-        return TrainingError(f"step {step}: {fact}; {kept}; {remedy}")
-
-    def _values(self) -> dict[str, Tensor]:
-        return {name: value.detach().cpu().clone() for name, value in self.prepared.concept.state_dict().items()}
-
-    def _save(self, step: int) -> None:
-        if self.accelerator.num_processes > 1:  # every process showed other captions
-            for stream in self.streams.values():
-                seen = self.accelerator.reduce(stream.visited.float().to(self.device), "sum")
-                stream.visited = seen.cpu() > 0
-        if self.accelerator.is_main_process:
-            save_state(
-                self.folder / STATE,
-                Progress(step=step, best_step=self.best.step, best_loss=self.best.loss, run=self.identity),
-                self._values(),
-                self.best.values,
-                {name: stream.visited for name, stream in self.streams.items()},
-                self.optimizer,
-            )
-
-    def _resume(self) -> None:
-        state = self.folder / STATE
-        if not state.is_file() and (self.folder / SETTINGS).is_file():
-            self.watcher.note(f"{self.folder}: the run was stopped before its first state; it begins at step 0")
-            return
-        progress, groups = load_state(state)
-        for name, value in self.identity.items():
-            if progress.run.get(name) != value:
-                raise InputError(
-                    f"{state}: {name} was {progress.run.get(name)} when the run was begun and is {value} now; "
-                    f"use {self.folder / SETTINGS}, or begin anew with --force"
-                )
-        try:
-            for values in filter(None, (groups["best"], groups["model"])):  # the last stays
-                self.prepared.concept.load_state_dict(values)
-            restore_optimizer(self.optimizer, groups["optimizer"])
-            for name, stream in self.streams.items():
-                stream.visited[:] = groups["visited"][name]
-        except (RuntimeError, ValueError, KeyError) as error:
-            reason = one_line(error)
-            raise InputError(f"{state}: does not fit the run: {reason}; begin anew with --force") from None
-        self.first = progress.step
-        self.best = _Best(progress.best_step, progress.best_loss, groups["best"])
-
-    def _preview(self, step: int) -> None:
+    def _preview(self, pupils: Sequence[Pupil], step: int) -> None:
         """Draw with the present vectors, by the code that generation uses."""
-        prompts = self.settings.preview_prompts or (self.settings.trigger,)
-        folder = self.folder / PREVIEWS
-        make_folder(folder)
         self.placement.bring_back()
         detach_sites(self._denoiser)
-        load_engram(self.pipeline, self.prepared.adapter(self.settings, step), name="preview")
-        try:
-            self.medium.preview(prompts, self.settings, self.pipeline, folder, step)
-        finally:
-            unload_engrams(self.pipeline, "preview")
-            self._attach_sites()
+        for pupil in pupils:
+            prompts = pupil.settings.preview_prompts or (pupil.settings.trigger,)
+            folder = pupil.folder / PREVIEWS
+            make_folder(folder)
+            load_engram(self.pipeline, pupil.prepared.adapter(pupil.settings, step), name="preview")
+            try:
+                self.medium.preview(prompts, pupil.settings, self.pipeline, folder, step)
+            finally:
+                unload_engrams(self.pipeline, "preview")
+        self._attach_sites()
         self.placement.free_encoders()
 
     @property
@@ -364,57 +298,22 @@ class _Run:
         return denoiser
 
     def _attach_sites(self) -> None:
-        """Let the denoiser's blocks read what the concept in training adds for each."""
+        """Let the denoiser's blocks read what the concepts in training add for each."""
         if self.reader is not None:
             attach_sites(self.settings.family, self._denoiser, self.reader)
 
-    def _finish(self, mean: float) -> TrainReport:
-        settings = self.settings
-        step, loss = settings.steps, mean
-        if settings.keep == "best" and self.best.values:
-            step, loss = self.best.step, self.best.loss
-            self.prepared.concept.load_state_dict(dict(self.best.values))
-        adapter = self.prepared.adapter(settings, step)
-        if self.accelerator.is_main_process:
-            # Whether it may be replaced was asked before anything was done.
-            adapter.save(settings.output, overwrite=True)
-        return TrainReport(
-            output=settings.output,
-            run_dir=self.folder,
-            identity=adapter.identity(),
-            n_bytes=adapter.nbytes(),
-            steps=settings.steps,
-            kept_step=step,
-            loss=loss,
-            seconds=time.monotonic() - self.started,
-            entries={name: len(table.concept) for name, table in adapter.streams.items()},
-        )
+
+def _join(parts: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+    return {name: each[0] if len(each) == 1 else torch.cat(each) for name, each in parts.items()}
 
 
-def _check_targets(settings: TrainSettings, folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse early what would fail or overwrite at the end."""
-    output, state = settings.output, folder / STATE
-    if not output.parent.is_dir():
-        raise InputError(f"{output}: there is no folder {output.parent}; create it first")
-    if output.is_dir():
-        raise InputError(f"{output}: is a folder; give the name of a file")
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: is a file, and the run needs a folder of that name; pass another --run-dir")
-    if resume or overwrite:
-        return
-    if output.exists():
-        raise TargetExistsError(f"{output}: exists; pass --force to replace it, or another --output")
-    if state.exists():
-        raise TargetExistsError(f"{folder}: holds an interrupted run; pass --resume to go on, or --force to begin anew")
+def _join_deltas(deltas: Sequence[Delta]) -> Delta | None:
+    if len(deltas) < 2:
+        return deltas[0] if deltas else None
+    return Delta(
+        **{name: torch.cat([getattr(each, name) for each in deltas]) for name in ("row", "position", "values")}
+    )
 
 
-def _check_tracker(tracker: str) -> None:
-    """Refuse a tracker that is not installed, which accelerate would leave out in silence."""
-    packages = {"none": (), "tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}[tracker]
-    if packages and not any(map(find_spec, packages)):
-        raise InputError(f"tracker {tracker} needs the package {packages[0]}; install it, or leave --tracker out")
-
-
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings as trackers take them."""
-    return {name: ", ".join(value) if isinstance(value, list) else value for name, value in values.items()}
+def _title(work: str, count: int) -> str:
+    return work if count == 1 else f"{work} {count} concepts"
