@@ -195,16 +195,16 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(options), encoding="utf-8")
 
 
-def write_pictures(folder: Path, resolution: int) -> None:
+def write_pictures(folder: Path, resolution: int, *, trigger: str = TRIGGER, seed: int = 0) -> None:
     """Write a data set: a picture and a caption with the trigger for each scene."""
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     lines = []
     for number, scene in enumerate(SCENES):
         pixels = random.integers(0, 256, (8, 8, 3), np.uint8)
         picture = Image.fromarray(pixels).resize((resolution, resolution), Image.Resampling.BICUBIC)
         picture.save(folder / f"{number}.png")
-        lines.append(json.dumps({"file_name": f"{number}.png", "text": f"a photo of {TRIGGER} {scene}"}) + "\n")
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": f"a photo of {trigger} {scene}"}) + "\n")
     (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
 
 

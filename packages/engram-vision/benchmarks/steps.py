@@ -34,7 +34,7 @@ from engram_vision.settings import TrainSettings
 from engram_vision.training.frozen import TextReader
 from engram_vision.training.objectives import make_objective
 from engram_vision.training.pictures import PICTURES, encode_views
-from engram_vision.training.preparation import prepare, read_data
+from engram_vision.training.preparation import load_model, prepare, read_data
 from engram_vision.training.trainer import train
 
 WORD = "<concept>"  # textual inversion's new word
@@ -159,9 +159,10 @@ def read_texts(readers: Mapping[str, TextReader], texts: Sequence[str], device: 
 def build_uncached_engram(task: Task, sample: Sample) -> Step:
     """Return the step of an engram as TinyEngram's scripts do it: VAE and text encoders run each time."""
     settings = task.settings
-    items, _ = read_data(settings, PICTURES, Watcher())
-    prepared = prepare(settings, PICTURES, items, None, torch.device(task.device), Path(task.scratch), Watcher())
-    frozen, data = Frozen(task, prepared.pipeline), Samples(task, items)
+    device, samples = torch.device(task.device), read_data(settings, PICTURES, Watcher())
+    model = load_model(settings, PICTURES, device, Watcher())
+    prepared = prepare(settings, PICTURES, samples, model, device, Path(task.scratch), Watcher())
+    frozen, data = Frozen(task, model.pipeline), Samples(task, samples.learned)
     concept, streams = prepared.concept, prepared.streams.values()
     readers = {
         stream: TextReader(task.family, frozen.pipeline, stream, tokenizer, frozen.device)
@@ -261,7 +262,7 @@ def build_lora(task: Task, sample: Sample, *, cached: bool) -> Step:
 
 def load(task: Task, *, cached: bool) -> tuple[Frozen, Samples, Callable[[Tensor], Tensor]]:
     """Return the model, the data, and what gives latents: the VAE, or where they are cached their distributions."""
-    items, _ = read_data(task.settings, PICTURES, Watcher())
+    items = read_data(task.settings, PICTURES, Watcher()).learned
     pipeline = task.load()
     frozen, data = Frozen(task, pipeline), Samples(task, items)
     if not cached:

@@ -1,0 +1,251 @@
+"""Characters learned by engram, textual inversion, LoRA and DreamBooth, from the same pictures in as many steps.
+
+Run through `run.py`. Each row is made in a process of its own and kept in `build/vision-comparison`, so that a stopped
+benchmark goes on; with the rows lies a picture for each character, methods from top to bottom.
+
+    uv run python packages/engram-vision/benchmarks/comparison.py --choose
+
+prints what each learning rate of the baselines gives on a character that is used for nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "engram-core" / "benchmarks"))
+
+import torch
+from comparison_tables import Row, make_tables, shares
+from lessons import read_cast
+from measure import Outcome, Table
+from PIL import Image
+from questions import (
+    BESIDE,
+    CLASS,
+    FORMS,
+    NEW,
+    QUIET,
+    SHOWN,
+    SINGLE,
+    Amount,
+    Question,
+    ask_alone,
+    ask_pair,
+)
+from quiet import LIMIT
+from rows import Drawn, Job, list_columns, take_row
+from verdicts import Verdicts
+from ways_to_learn import BASE, WORDS, Method, list_methods
+
+from engram_core.container import open_target, write_all
+from engram_vision.demo.characters import DemoCharacter
+from engram_vision.demo.judge import Judge
+from engram_vision.grid import draw_grid
+from engram_vision.shipped import judge_folder, tiny_fingerprint
+
+WORK = Path("build/vision-comparison")
+LOOK: Mapping[str, Any] = {"steps": 20, "guidance": 4.0, "batch_size": 10}
+RATES_TRIED = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+COLUMNS = {  # of the pictures
+    SHOWN: "a scene shown",
+    NEW: "a new scene",
+    FORMS: "other wording",
+    BESIDE: "beside a fox",
+    QUIET: "a fox",
+    CLASS: "a monster",
+    SINGLE: "one word of it",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How much is learned and drawn.
+
+    Attributes:
+        seeds: of learning and of drawing.
+        methods: parts of the names of those to compare; empty means all.
+        characters: at most.
+        steps: of learning, at most; None means as many as each method says.
+        amount: of pictures.
+        look: how pictures are drawn.
+        prior: pictures of the class in each scene, for DreamBooth; None means the usual number.
+    """
+
+    seeds: Sequence[int] = (0, 1, 2)
+    methods: Sequence[str] = ()
+    characters: int = 3
+    steps: int | None = None
+    amount: Amount = field(default_factory=Amount)
+    look: Mapping[str, Any] = field(default_factory=lambda: LOOK)
+    prior: int | None = None
+
+    @classmethod
+    def quick(cls) -> Plan:
+        """Return one that takes a minute and tells nothing."""
+        return cls(
+            seeds=(0,),
+            methods=("one residual, 20", "textual inversion, 8", "rank 4", "prior"),
+            characters=2,
+            steps=2,
+            amount=Amount(shown=1, new=1, prompts=2, scenes=1),
+            look={**LOOK, "steps": 2},
+            prior=1,
+        )
+
+    def choose(self, phrases: Mapping[str, str]) -> list[Method]:
+        """Return the methods to compare."""
+        found = [
+            method
+            for method in list_methods(list(phrases.values()))
+            if not self.methods or any(part in method.name for part in self.methods)
+        ]
+        if self.prior is None:
+            return found
+        small = {"each": self.prior}
+        return [
+            replace(method, options={**method.options, **small}) if "each" in method.options else method
+            for method in found
+        ]
+
+
+def run(*, quick: bool, device: str) -> Outcome:
+    """Measure everything."""
+    if not quick:
+        return Comparison(Plan(), WORK / tiny_fingerprint("sd15")[:12], device).run()
+    with tempfile.TemporaryDirectory(prefix="engram-comparison-") as folder:
+        return Comparison(Plan.quick(), Path(folder), device).run()
+
+
+class Comparison:
+    """One call of `run`."""
+
+    def __init__(self, plan: Plan, work: Path, device: str) -> None:
+        """Take what is to be done, a folder to keep it in, and where to compute."""
+        self._plan, self._work, self._device = plan, work, device
+        self._verdicts = Verdicts(Judge.load(judge_folder()))
+        cast, self._development, self._phrases = read_cast()
+        self._cast = cast[: plan.characters]
+        self._methods = plan.choose(self._phrases)
+
+    def run(self) -> Outcome:
+        """Make every row that is missing, and sum up."""
+        rows = []
+        for method in (BASE, WORDS, *self._methods):
+            alone = [self._compare_alone(method, one, seed) for seed in self._plan.seeds for one in self._cast]
+            pairs = [
+                self._compare_pair(method, pair, seed)
+                for seed in self._plan.seeds
+                for pair in (combinations(self._cast, 2) if method.composes else ())
+            ]
+            rows += [*alone, *pairs]
+            found = shares(alone, method.name, [f"{NEW}: identity"])
+            print(f"{method.name}: identity in new scenes {', '.join(f'{share:.2f}' for share in found)}", flush=True)
+        for one in self._cast:
+            self._write_grid(one)
+        return self._sum_up(rows)
+
+    def choose(self, seeds: Sequence[int]) -> Table:
+        """Return what each rate gives on the development character; the base model's distance is 0."""
+        lines = []
+        for method in filter(lambda each: each.has_rate, self._methods):
+            for rate in RATES_TRIED:
+                rated = replace(method.with_rate(rate), name=f"{method.name}, rate {rate:g}")
+                rows = [self._compare_alone(rated, self._development, seed) for seed in seeds]
+                names = (f"{NEW}: identity", f"{FORMS}: scene", f"{QUIET}: distance", f"{CLASS}: shows the character")
+                figures = [shares(rows, rated.name, [name]) for name in names]
+                cells = [", ".join(f"{share:.2f}" for share in figure) for figure in figures]
+                lines.append((method.name, f"{rate:g}", *cells))
+                print(*lines[-1], sep="  ", flush=True)
+        return Table(
+            title=f"Rates on {self._development.name}, seeds {', '.join(map(str, seeds))}",
+            columns=("method", "rate", "identity, new scenes", "scene", "distance without the name", "in a monster"),
+            rows=lines,
+        )
+
+    def _compare_alone(self, method: Method, character: DemoCharacter, seed: int) -> Row:
+        job = self._job(method, (character,), self._ask(character, seed), seed)
+        drawn, base = take_row(job), self._draw_base(character, seed)
+        counts = self._verdicts.judge_alone(character, job.questions, drawn.pixels, base.pixels)
+        return Row(method=method.name, character=character.name, seed=seed, counts=counts, costs=drawn.costs)
+
+    def _compare_pair(self, method: Method, pair: tuple[DemoCharacter, ...], seed: int) -> Row:
+        job = self._job(method, pair, ask_pair(self._phrases, seed, self._plan.amount), seed)
+        counts = self._verdicts.judge_pair(pair, job.questions, take_row(job).pixels)
+        return Row(method=method.name, character=" and ".join(one.name for one in pair), seed=seed, counts=counts)
+
+    def _draw_base(self, character: DemoCharacter, seed: int) -> Drawn:
+        """Return the base model's pictures of the same questions."""
+        return take_row(self._job(BASE, (character,), self._ask(character, seed), seed))
+
+    def _ask(self, character: DemoCharacter, seed: int) -> list[Question]:
+        return ask_alone(character, self._phrases, seed, self._plan.amount)
+
+    def _job(
+        self, method: Method, characters: tuple[DemoCharacter, ...], questions: Sequence[Question], seed: int
+    ) -> Job:
+        return Job(
+            method=method,
+            characters=characters,
+            questions=tuple(questions),
+            look=self._plan.look,
+            seed=seed,
+            steps=self._plan.steps,
+            work=self._work,
+            device=self._device,
+        )
+
+    def _write_grid(self, character: DemoCharacter) -> None:
+        """Write a picture: a row for each method, a column for each kind of prompt."""
+        seed = self._plan.seeds[0]
+        questions = self._ask(character, seed)
+        columns = list_columns(questions, list(COLUMNS))
+        rows = []
+        for method in (BASE, WORDS, *self._methods):
+            pixels = take_row(self._job(method, (character,), questions, seed)).pixels
+            rows.append((method.name, [Image.fromarray(pixels[at]) for at in columns]))
+        sheet = draw_grid([COLUMNS[questions[at].group] for at in columns], rows)
+        sheet.save(self._work / f"{character.slug}.png", optimize=True)
+
+    def _sum_up(self, rows: Sequence[Row]) -> Outcome:
+        learned = [row for row in rows if row.costs]
+        disturbed = sum(row.costs["others"] > LIMIT for row in learned)
+        notes = []
+        if disturbed:
+            notes.append(f"other programs computed during {disturbed} of the {len(learned)} trainings.")
+        return Outcome(
+            tables=make_tables(rows),
+            notes=notes,
+            figures={
+                "threads": torch.get_num_threads(),
+                "seeds": list(self._plan.seeds),
+                "rows": [row.to_json() for row in rows],
+            },
+        )
+
+
+def main() -> None:
+    """Print what each rate of the baselines gives."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--choose", action="store_true", required=True, help="try rates on the development character")
+    parser.add_argument("--methods", nargs="+", default=(), help="parts of the names of those to try")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    options = parser.parse_args()
+    work = WORK / tiny_fingerprint("sd15")[:12]
+    table = Comparison(Plan(methods=options.methods), work, options.device).choose(options.seeds)
+    text = table.plain()
+    print(f"\n{text}")
+    with open_target(work / "rates.txt", overwrite=True) as target:
+        write_all(target, memoryview(f"{text}{os.linesep}".encode()))
+
+
+if __name__ == "__main__":
+    main()
