@@ -110,6 +110,13 @@ def benchmarks(session: nox.Session) -> None:
 
 
 @nox.session
+def results(session: nox.Session) -> None:
+    """Fill the page of results with what the benchmarks kept."""
+    sync(session, "--only-group=results")
+    session.run("python", "-m", "recipes.results", *session.posargs)
+
+
+@nox.session
 def tiny(session: nox.Session) -> None:
     """Make the tiny checkpoint and its judge anew, in about an hour and a half; goes on where it was stopped."""
     sync(session, "--no-default-groups")

@@ -1,0 +1,259 @@
+"""The blocks of the page: each makes Markdown, and perhaps a plot, of what the benchmarks kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from recipes.results.figures import Comparison, Spread, read_results, show_machine
+from recipes.results.plots import plot_bars, plot_curves, plot_trade
+
+NOT_YET = "*Not measured yet.*"
+_KB, _MB = 1e3, 1e6
+
+# What is compared: (what it is called, the counts it is a share of, whether more is better).
+NAMED = ("scenes shown", "new scenes", "other wordings")
+QUIET = ("other subjects", "words of the class", "single words of the name")
+MEASURES: Sequence[tuple[str, tuple[str, ...], bool]] = (
+    ("identity in the scenes of the pictures", ("scenes shown: identity",), True),
+    ("identity in new scenes", ("new scenes: identity",), True),
+    ("identity in prompts worded differently", ("other wordings: identity",), True),
+    ("attributes right", tuple(f"{group}: attributes" for group in NAMED), True),
+    ("scene of the prompt", tuple(f"{group}: scene" for group in NAMED), True),
+    ("identity beside another subject", ("beside another subject: identity",), True),
+    ("a thing beside the character right", ("beside another subject: thing right",), True),
+    ("a monster beside the character right", ("beside another subject: monster right",), True),
+    ("two characters, both right", ("two characters: both",), True),
+    ("distance of pictures without the name", tuple(f"{group}: distance" for group in QUIET), False),
+    (
+        "pictures without the name that show the character",
+        tuple(f"{group}: shows the character" for group in QUIET),
+        False,
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sources:
+    """Where figures come from, and plots go to.
+
+    Attributes:
+        vision, video: `results.json` of the packages' benchmarks.
+        plots: folder beside the page.
+    """
+
+    vision: Path
+    video: Path
+    plots: Path
+
+    def comparison(self, name: str = "comparison") -> Comparison | None:
+        """Return the rows of a benchmark of pictures."""
+        content = read_results(self.vision, name)
+        return None if content is None else Comparison(content)
+
+    def picture(self, name: str, title: str) -> str:
+        """Return a plot or picture that lies beside the page, in Markdown."""
+        return f"![{title}]({self.plots.name}/{name})"
+
+
+def tell_losses(sources: Sources) -> str:
+    """List every measure in which a method of others does better than the best engram."""
+    found = sources.comparison()
+    if found is None:
+        return NOT_YET
+    lines = []
+    for what, names, more_is_better in MEASURES:
+        spreads = {method: found.share(method, *names) for method in found.methods if not method.startswith("the base")}
+        known = {method: spread for method, spread in spreads.items() if spread is not None}
+        sign = 1 if more_is_better else -1
+        own_methods = [method for method in known if _is_ours(method)]
+        if not own_methods:
+            continue
+        ours = max(own_methods, key=lambda m: sign * known[m].mean)
+        better = [m for m in known if not _is_ours(m) and sign * known[m].mean > sign * known[ours].mean]
+        for method in sorted(better, key=lambda m: -sign * known[m].mean):
+            doubt = "; the seeds of both overlap" if known[method].overlaps(known[ours]) else ""
+            own = f"the best engram ({ours}) {known[ours].show()}"
+            lines.append(f"- **{what}**: {method} has {known[method].show()}, {own}{doubt}.")
+    return "\n".join(lines) or "In none of the measures does another method have a better mean than the best engram."
+
+
+def draw_identity(sources: Sources) -> str:
+    """Draw identity in new scenes, and tabulate all of identity."""
+    found = sources.comparison()
+    if found is None:
+        return NOT_YET
+    figures = dict(_known(found, "new scenes: identity"))
+    plot_bars(sources.plots / "identity.svg", "Identity in new scenes; dots are seeds", figures, limit=1.1)
+    columns = [(what, names, 2) for what, names, _ in MEASURES[:5]]
+    return f"{sources.picture('identity.svg', 'Identity in new scenes by method')}\n\n{_table(found, columns)}"
+
+
+def draw_leak(sources: Sources) -> str:
+    """Draw how far prompts without the name move, and tabulate."""
+    found = sources.comparison()
+    if found is None:
+        return NOT_YET
+    figures = dict(_known(found, *(f"{group}: distance" for group in QUIET)))
+    title = "Distance of pictures without the name from the base model's; dots are seeds"
+    plot_bars(sources.plots / "leak.svg", title, figures)
+    columns = [
+        ("identical bytes", tuple(f"{group}: identical" for group in QUIET), 2),
+        *((f"distance, {group}", (f"{group}: distance",), 3) for group in QUIET),
+        ("the character shows up", tuple(f"{group}: shows the character" for group in QUIET), 2),
+        ("other subjects obeyed", ("other subjects: obeyed",), 2),
+    ]
+    return f"{sources.picture('leak.svg', 'Leak by method')}\n\n{_table(found, columns)}"
+
+
+def draw_company(sources: Sources) -> str:
+    """Tabulate prompts with two subjects."""
+    found = sources.comparison()
+    if found is None:
+        return NOT_YET
+    columns = [(what, names, 2) for what, names, _ in MEASURES[5:9]]
+    columns.append(("borrowed by the monster", ("beside another subject: borrowed",), 2))
+    return _table(found, columns)
+
+
+def draw_trade(sources: Sources) -> str:
+    """Draw identity over the size of the file, and tabulate what learning takes."""
+    found = sources.comparison()
+    if found is None:
+        return NOT_YET
+    points, rows = {}, []
+    for method, spread in _known(found, "new scenes: identity"):
+        size = found.cost(method, "size")
+        if size is None:
+            continue
+        points[method] = (size / _KB, spread)
+        cells = (
+            f"{found.cost(method, 'values') or 0:,.0f}",
+            _show_size(size),
+            f"{found.cost(method, 'seconds') or 0:,.0f} s",
+            f"{(found.cost(method, 'peak') or 0) / 2**20:,.0f} MiB",
+            f"{1000 * (found.cost(method, 'load_seconds') or 0):,.0f} ms",
+        )
+        rows.append(f"| {method} | {' | '.join(cells)} |")
+    plot_trade(
+        sources.plots / "trade.svg",
+        "Identity in new scenes and the size of the file; bars span the seeds",
+        points,
+        ("size of the file, kB", "identity in new scenes"),
+    )
+    head = "| method | values | file | training | peak memory | loading |\n| --- | --- | --- | --- | --- | --- |"
+    return "\n".join([sources.picture("trade.svg", "Identity over file size"), "", head, *rows])
+
+
+def draw_crowd(sources: Sources) -> str:
+    """Draw what becomes of a character among others."""
+    found = sources.comparison("accumulation")
+    if found is None:
+        return NOT_YET
+    curves: dict[str, list[tuple[float, Spread | float]]] = {}
+    for method in found.methods:
+        spread = found.share(method, "new scenes: identity")
+        kind, _, rest = method.partition(", ")
+        count, _, way = rest.partition(" ")
+        number = float(count.replace(",", ""))
+        if spread is None:
+            continue
+        if kind == "engrams":
+            curves.setdefault("engrams in one file", []).append((number, spread))
+        elif not way:  # a single LoRA begins every way of merging
+            curves["LoRA, 1"] = [(number, spread)]
+        else:
+            curves.setdefault(f"LoRA, {way}", list(curves["LoRA, 1"])).append((number, spread))
+    curves.pop("LoRA, 1", None)
+    labels = ("adapters merged", "identity in new scenes")
+    plot_curves(sources.plots / "crowd.svg", "One character among others; shades span the seeds", curves, labels)
+    columns = [
+        ("identity in new scenes", ("new scenes: identity",), 2),
+        ("pictures as alone", ("as alone",), 2),
+        ("without the name: identical", ("other subjects: identical",), 2),
+        ("obeyed", ("other subjects: obeyed",), 2),
+    ]
+    return f"{sources.picture('crowd.svg', 'Identity by number of merged adapters')}\n\n{_table(found, columns)}"
+
+
+def draw_scale(sources: Sources) -> str:
+    """Draw what many entries cost."""
+    content = read_results(sources.vision, "scale")
+    if content is None:
+        return NOT_YET
+    sizes = content["figures"]["sizes"]
+    costs: Mapping[str, tuple[str, float]] = {
+        "opening, ms": ("open_seconds", 1000),
+        "loading, ms": ("load_seconds", 1000),
+        "memory, MB": ("memory", 1 / _MB),
+        "file, MB": ("size", 1 / _MB),
+    }
+    curves = {
+        name: [(size["entries"], max(1e-3, size[key] * factor)) for size in sizes]
+        for name, (key, factor) in costs.items()
+    }
+    plot_curves(sources.plots / "scale.svg", "What entries cost", curves, ("entries in the file", ""), log=True)
+    columns = ["concepts", "entries", "encoding, nothing fires", "encoding, a trigger fires"]
+    columns += ["pictures as alone", "pictures as the base model's", "triggers that fire once"]
+    rows = []
+    for size in sizes:
+        ratios = (size["quiet"]["median"], size["firing"]["median"])
+        shares = (f"{right} of {count}" for count, right in (size["alone"], size["base"], size["fired"]))
+        cells = (f"{size['concepts']:,}", f"{size['entries']:,}", *(f"{ratio:.3f}" for ratio in ratios), *shares)
+        rows.append(f"| {' | '.join(cells)} |")
+    head = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
+    return "\n".join([sources.picture("scale.svg", "Costs over entries"), "", *head, *rows])
+
+
+def tell_machines(sources: Sources) -> str:
+    """List for each benchmark its command, seeds and machine."""
+    rows = []
+    for package, path, names in (
+        ("vision", sources.vision, ("comparison", "accumulation", "scale", "concepts")),
+        ("video", sources.video, ("quality",)),
+    ):
+        for name in names:
+            content = read_results(path, name)
+            if content is not None:
+                seeds = ", ".join(map(str, content["figures"].get("seeds", ()))) or "none"
+                command = f"`uv run nox -s benchmarks -- {package} {name}`"
+                rows.append(f"| {command} | {seeds} | {show_machine(content['machine'])} |")
+    return "\n".join(["| command | seeds | machine |", "| --- | --- | --- |", *rows]) if rows else NOT_YET
+
+
+BLOCKS: Mapping[str, Callable[[Sources], str]] = {
+    "losses": tell_losses,
+    "identity": draw_identity,
+    "leak": draw_leak,
+    "company": draw_company,
+    "trade": draw_trade,
+    "crowd": draw_crowd,
+    "scale": draw_scale,
+    "machines": tell_machines,
+}
+
+
+def _is_ours(method: str) -> bool:
+    return method.startswith("engram")
+
+
+def _known(found: Comparison, *names: str) -> Iterator[tuple[str, Spread]]:
+    for method in found.methods:
+        spread = found.share(method, *names)
+        if spread is not None:
+            yield method, spread
+
+
+def _table(found: Comparison, columns: Sequence[tuple[str, tuple[str, ...], int]]) -> str:
+    """Return a row for each method; the best mean of a column is not marked, because spreads overlap."""
+    lines = [f"| method | {' | '.join(what for what, *_ in columns)} |", "| --- " * (len(columns) + 1) + "|"]
+    for method in found.methods:
+        spreads = [(found.share(method, *names), digits) for _, names, digits in columns]
+        cells = ["" if spread is None else spread.show(digits) for spread, digits in spreads]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _show_size(size: float) -> str:
+    return f"{size / _MB:,.1f} MB" if size >= _MB else f"{size / _KB:,.1f} kB"
