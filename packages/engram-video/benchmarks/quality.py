@@ -294,6 +294,7 @@ class Benchmark:
         values = {name: self._plan.look[name] for name in LOOK if name != "batch_size"}
         values |= {"fps": WAN22.tiny_generate["fps"], "precision": WAN22.tiny_generate["precision"]}
         values |= {"model": self._checkpoint.model, "data": pictures, "trigger": character.name, "output": clips}
+        values |= {"described_as": character.description}
         values |= {"device": self._device}
         print(f"the clips of {character.name} ...", file=sys.stderr, flush=True)
         # Those that were made with the same settings are kept all the same.

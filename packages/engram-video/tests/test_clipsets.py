@@ -67,6 +67,20 @@ def test_what_is_there_is_not_made_again(settings, monkeypatch):
     assert [path.stat().st_mtime_ns for path in again.clips] == before
 
 
+def test_the_model_may_read_other_words_than_the_trigger(settings, monkeypatch):
+    read = []
+    animate = clipsets._animate
+    monkeypatch.setattr(clipsets, "_animate", lambda *parts: read.append(parts[1].row["prompt"]) or animate(*parts))
+    settings = replace(settings, described_as="a red ball")
+    report = WAN22.build_clips(settings)
+    assert read == ["a red ball number 2", "a red ball number 1", "a red ball number 0"]
+    assert [row["prompt"] for row in rows_of(settings)] == read
+    assert [row["text"] for row in rows_of(settings)] == [f"{TRIGGER} number {number}" for number in (2, 1, 0)]
+    assert read_facts(report.clips[0])["prompt"] == read[0]
+    with pytest.raises(TargetExistsError, match="prompt"):
+        WAN22.build_clips(replace(settings, described_as=None))
+
+
 @pytest.mark.parametrize("loses_metadata", [False, True])
 def test_a_stopped_builder_goes_on_where_it_was(settings, loses_metadata, one_thread):
     class Stopping(Watcher):

@@ -8,6 +8,7 @@ Shapes: B samples, N pictures of the class, L positions, d width.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -235,7 +236,9 @@ class Prior:
             drawings = [Drawing(prompt=prompt, seed=10**6 + number) for number, prompt in enumerate(prompts)]
             mean, std = encode_views(pipeline.vae, draw(pipeline, drawings, **PRIOR_LOOK), lessons.device)
             file.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"mean": mean.contiguous(), "std": std.contiguous()}, file)
+            partial = file.with_suffix(f".{os.getpid()}")  # other rows may need them too, at the same time
+            save_file({"mean": mean.contiguous(), "std": std.contiguous()}, partial)
+            partial.replace(file)
         kept = load_file(file)
         self._mean, self._std = kept["mean"], kept["std"]
         with torch.no_grad():

@@ -22,7 +22,6 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "engram-core" / "benchmarks"))
 
-import torch
 from comparison_tables import Row, make_tables, shares
 from lessons import read_cast
 from measure import Outcome, Table
@@ -40,8 +39,7 @@ from questions import (
     ask_alone,
     ask_pair,
 )
-from quiet import LIMIT
-from rows import Drawn, Job, list_columns, take_row
+from rows import Drawn, Job, list_columns, make_rows, take_row
 from verdicts import Verdicts
 from ways_to_learn import BASE, WORDS, Method, list_methods
 
@@ -137,14 +135,13 @@ class Comparison:
 
     def run(self) -> Outcome:
         """Make every row that is missing, and sum up."""
+        methods = (BASE, WORDS, *self._methods)
+        make_rows([self._job_alone(method, one, seed) for method in methods for one, seed in self._runs()])
+        make_rows([self._job_pair(method, pair, seed) for method in methods for pair, seed in self._pairs(method)])
         rows = []
-        for method in (BASE, WORDS, *self._methods):
-            alone = [self._compare_alone(method, one, seed) for seed in self._plan.seeds for one in self._cast]
-            pairs = [
-                self._compare_pair(method, pair, seed)
-                for seed in self._plan.seeds
-                for pair in (combinations(self._cast, 2) if method.composes else ())
-            ]
+        for method in methods:
+            alone = [self._compare_alone(method, one, seed) for one, seed in self._runs()]
+            pairs = [self._compare_pair(method, pair, seed) for pair, seed in self._pairs(method)]
             rows += [*alone, *pairs]
             found = shares(alone, method.name, [f"{NEW}: identity"])
             print(f"{method.name}: identity in new scenes {', '.join(f'{share:.2f}' for share in found)}", flush=True)
@@ -155,15 +152,20 @@ class Comparison:
     def choose(self, seeds: Sequence[int]) -> Table:
         """Return what each rate gives on the development character; the base model's distance is 0."""
         lines = []
-        for method in filter(lambda each: each.has_rate, self._methods):
-            for rate in RATES_TRIED:
-                rated = replace(method.with_rate(rate), name=f"{method.name}, rate {rate:g}")
-                rows = [self._compare_alone(rated, self._development, seed) for seed in seeds]
-                names = (f"{NEW}: identity", f"{FORMS}: scene", f"{QUIET}: distance", f"{CLASS}: shows the character")
-                figures = [shares(rows, rated.name, [name]) for name in names]
-                cells = [", ".join(f"{share:.2f}" for share in figure) for figure in figures]
-                lines.append((method.name, f"{rate:g}", *cells))
-                print(*lines[-1], sep="  ", flush=True)
+        tried = [
+            (method, rate, replace(method.with_rate(rate), name=f"{method.name}, rate {rate:g}"))
+            for method in self._methods
+            if method.has_rate
+            for rate in RATES_TRIED
+        ]
+        make_rows([self._job_alone(rated, self._development, seed) for *_, rated in tried for seed in seeds])
+        for method, rate, rated in tried:
+            rows = [self._compare_alone(rated, self._development, seed) for seed in seeds]
+            names = (f"{NEW}: identity", f"{FORMS}: scene", f"{QUIET}: distance", f"{CLASS}: shows the character")
+            figures = [shares(rows, rated.name, [name]) for name in names]
+            cells = [", ".join(f"{share:.2f}" for share in figure) for figure in figures]
+            lines.append((method.name, f"{rate:g}", *cells))
+            print(*lines[-1], sep="  ", flush=True)
         return Table(
             title=f"Rates on {self._development.name}, seeds {', '.join(map(str, seeds))}",
             columns=("method", "rate", "identity, new scenes", "scene", "distance without the name", "in a monster"),
@@ -171,19 +173,32 @@ class Comparison:
         )
 
     def _compare_alone(self, method: Method, character: DemoCharacter, seed: int) -> Row:
-        job = self._job(method, (character,), self._ask(character, seed), seed)
+        job = self._job_alone(method, character, seed)
         drawn, base = take_row(job), self._draw_base(character, seed)
         counts = self._verdicts.judge_alone(character, job.questions, drawn.pixels, base.pixels)
         return Row(method=method.name, character=character.name, seed=seed, counts=counts, costs=drawn.costs)
 
     def _compare_pair(self, method: Method, pair: tuple[DemoCharacter, ...], seed: int) -> Row:
-        job = self._job(method, pair, ask_pair(self._phrases, seed, self._plan.amount), seed)
+        job = self._job_pair(method, pair, seed)
         counts = self._verdicts.judge_pair(pair, job.questions, take_row(job).pixels)
         return Row(method=method.name, character=" and ".join(one.name for one in pair), seed=seed, counts=counts)
 
     def _draw_base(self, character: DemoCharacter, seed: int) -> Drawn:
         """Return the base model's pictures of the same questions."""
-        return take_row(self._job(BASE, (character,), self._ask(character, seed), seed))
+        return take_row(self._job_alone(BASE, character, seed))
+
+    def _runs(self) -> list[tuple[DemoCharacter, int]]:
+        return [(one, seed) for seed in self._plan.seeds for one in self._cast]
+
+    def _pairs(self, method: Method) -> list[tuple[tuple[DemoCharacter, ...], int]]:
+        pairs = list(combinations(self._cast, 2)) if method.composes else []
+        return [(pair, seed) for seed in self._plan.seeds for pair in pairs]
+
+    def _job_alone(self, method: Method, character: DemoCharacter, seed: int) -> Job:
+        return self._job(method, (character,), self._ask(character, seed), seed)
+
+    def _job_pair(self, method: Method, pair: tuple[DemoCharacter, ...], seed: int) -> Job:
+        return self._job(method, pair, ask_pair(self._phrases, seed, self._plan.amount), seed)
 
     def _ask(self, character: DemoCharacter, seed: int) -> list[Question]:
         return ask_alone(character, self._phrases, seed, self._plan.amount)
@@ -209,22 +224,15 @@ class Comparison:
         columns = list_columns(questions, list(COLUMNS))
         rows = []
         for method in (BASE, WORDS, *self._methods):
-            pixels = take_row(self._job(method, (character,), questions, seed)).pixels
+            pixels = take_row(self._job_alone(method, character, seed)).pixels
             rows.append((method.name, [Image.fromarray(pixels[at]) for at in columns]))
         sheet = draw_grid([COLUMNS[questions[at].group] for at in columns], rows)
         sheet.save(self._work / f"{character.slug}.png", optimize=True)
 
     def _sum_up(self, rows: Sequence[Row]) -> Outcome:
-        learned = [row for row in rows if row.costs]
-        disturbed = sum(row.costs["others"] > LIMIT for row in learned)
-        notes = []
-        if disturbed:
-            notes.append(f"other programs computed during {disturbed} of the {len(learned)} trainings.")
         return Outcome(
             tables=make_tables(rows),
-            notes=notes,
             figures={
-                "threads": torch.get_num_threads(),
                 "seeds": list(self._plan.seeds),
                 "rows": [row.to_json() for row in rows],
             },

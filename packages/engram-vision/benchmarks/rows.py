@@ -8,17 +8,18 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import os
 import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 import numpy as np
+import torch
 from lessons import Task, open_model
 from memory import Memory
 from questions import WITHOUT_NAME, Question
@@ -120,22 +121,37 @@ class Drawn:
     costs: dict[str, float]
 
 
+def make_rows(jobs: Sequence[Job]) -> None:
+    """Make the rows that are not kept, each in a process of its own, so that its memory is its own as well.
+
+    On a CPU as many at a time as there are cores, with a thread each: small models gain little from a second one. On a
+    GPU one after the other.
+    """
+    missing = [job for job in jobs if _read_row(job) is None]
+    if not missing:
+        return
+    at_once = 1 if missing[0].device == "cuda" else os.cpu_count() or 1
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(at_once, torch.set_num_threads, (1,), maxtasksperchild=1) as pool:
+        for done, name in enumerate(pool.imap_unordered(_make_named, missing), start=1):
+            print(f"{done} of {len(missing)}: {name}", file=sys.stderr, flush=True)
+
+
 def take_row(job: Job) -> Drawn:
-    """Return a row that is kept, if it was one of the same facts, or make it in a process of its own."""
+    """Return a row that is kept, if it was one of the same facts, or make it."""
     kept = _read_row(job)
     if kept is not None:
         return kept
-    print(f"{job.name} ...", file=sys.stderr, flush=True)
-    if job.learns:
-        # A process of its own, so that the memory is its own as well.
-        with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            pool.submit(make_row, job).result()
-    else:
-        make_row(job)
+    make_rows([job])
     made = _read_row(job)
     if made is None:
         raise RuntimeError(f"{job.record}: was made and cannot be read")
     return made
+
+
+def _make_named(job: Job) -> str:
+    make_row(job)
+    return job.name
 
 
 def make_row(job: Job) -> None:

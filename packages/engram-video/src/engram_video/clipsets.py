@@ -26,7 +26,7 @@ from engram_video.frames import check_frame_count, check_size, fit_frames
 from engram_video.models import load_image_to_video, size_multiple
 from engram_video.settings import Wan22ClipsSettings
 from engram_video.sheet import draw_sheet
-from engram_vision.dataset import CaptionedImage, read_dataset
+from engram_vision.dataset import CaptionedImage, caption_with, read_dataset
 from engram_vision.generation import make_folder, save_png
 from engram_vision.images import load_picture
 from engram_vision.models import pick_device
@@ -120,7 +120,10 @@ def _tasks(settings: Wan22ClipsSettings, watcher: Watcher) -> list[_Task]:
                 f"{item.path}: its clip would be {name}, as that of {tasks[name].item.path}; rename one of them"
             )
         digest = hashlib.sha256(item.path.read_bytes()).hexdigest()
-        row = {"file_name": name, "text": item.caption, "source": source.as_posix(), "source_sha256": digest}
+        words = settings.described_as
+        prompt = item.caption if words is None else caption_with(item.caption, settings.trigger, words)
+        row = {"file_name": name, "text": item.caption, "prompt": prompt}
+        row |= {"source": source.as_posix(), "source_sha256": digest}
         tasks[name] = _Task(item=item, path=settings.output / name, row={**row, **made_with})
     return list(tasks.values())
 
@@ -160,7 +163,7 @@ def _parse(text: str | None) -> Row:
 
 
 def _facts(row: Row) -> dict[str, str]:
-    return {"prompt": str(row["text"]), "clip": json.dumps(row, ensure_ascii=False, sort_keys=True)}
+    return {"prompt": str(row["prompt"]), "clip": json.dumps(row, ensure_ascii=False, sort_keys=True)}
 
 
 def _open_model(settings: Wan22ClipsSettings, device: torch.device, watcher: Watcher) -> Any:
@@ -180,7 +183,7 @@ def _animate(pipeline: Any, task: _Task, settings: Wan22ClipsSettings) -> Any:
     with quiet_libraries():
         frames = pipeline(
             image=first,
-            prompt=[task.item.caption],
+            prompt=[str(task.row["prompt"])],
             negative_prompt=[settings.negative],
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance,

@@ -90,6 +90,7 @@ class Wan22ClipsSettings:
         steps: denoising steps.
         guidance: classifier-free guidance scale.
         negative: negative prompt for all.
+        described_as: words that the model reads in place of the trigger, which it cannot know.
         seed: of the first noise, the same for all.
         precision: number type of the model.
         device: where to draw.
@@ -107,6 +108,7 @@ class Wan22ClipsSettings:
     steps: int = 50
     guidance: float = 5.0
     negative: str = ""
+    described_as: str | None = None
     seed: int = 0
     precision: Precision = "bf16"
     device: Device = "auto"

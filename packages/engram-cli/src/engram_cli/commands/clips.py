@@ -27,6 +27,9 @@ def clips(
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")] = None,
     negative: Annotated[str | None, typer.Option(help="Negative prompt for all.")] = None,
+    described_as: Annotated[
+        str | None, typer.Option(metavar="WORDS", help="What the model reads in place of the trigger.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the first noise, the same for all.")] = None,
     precision: Annotated[str | None, typer.Option(help="Number type of the model: fp32, bf16 or fp16.")] = None,
     device: Annotated[str | None, typer.Option(help="Where to compute: auto, cpu, cuda or mps.")] = None,
@@ -41,8 +44,9 @@ def clips(
 ) -> None:
     """Make a clip of each captioned picture, to train on.
 
-    The picture is the first frame, its caption the prompt. Clips that are there already are kept, so a run that was
-    stopped goes on where it was; --force makes anew what was made otherwise.
+    The picture is the first frame, its caption the prompt; with --described-as in words that the model knows. Clips
+    that are there already are kept, so a run that was stopped goes on where it was; --force makes anew what was made
+    otherwise.
     """
     arguments = dict(locals())
     from engram_cli.choices import Choices

@@ -131,8 +131,9 @@ def run_demo(
         figures=list_figures(gallery.measures, clips, reports, merged, seconds),
         learning=(
             "Above each clip is the picture that it was made of: the clip's first frame. The caption, which names a "
-            "motion, is what the model was asked for and what the clip is learned with. Each character is kept in a "
-            "small file of its own. The model itself did not change."
+            "motion, is what the clip is learned with. The model that made the clips could not know the name and read "
+            "the character's looks in its place. Each character is kept in a small file of its own. The model itself "
+            "did not change."
         ),
         characters=tuple(cards),
         sections=sections,
@@ -172,6 +173,7 @@ def _make_clips(backbone: Wan22, character: DemoCharacter, place: _Places, seed:
         "model": TINY,
         "data": place.pictures,
         "trigger": character.name,
+        "described_as": character.description,
         "output": place.clips,
         "seed": seed,
         "device": "cpu",
@@ -206,8 +208,9 @@ def _commands(backbone: Wan22, characters: Sequence[DemoCharacter], output: Path
     for character in characters:
         pictures = shlex.quote(str(_Places.of(character, output).pictures))
         trigger = f'--trigger "{character.name}"'
+        looks = f'--described-as "{character.description}"'
         lines += [
-            f"engram data clips {tool} --data {pictures} {trigger} -o {character.slug}-clips",
+            f"engram data clips {tool} --data {pictures} {trigger} {looks} -o {character.slug}-clips",
             f"engram train {tool} --data {character.slug}-clips {trigger} -o {character.slug}.safetensors",
         ]
     one, other = (character.name for character in characters)
