@@ -102,7 +102,7 @@ def test_the_loss_is_that_of_a_pipeline_with_the_adapter_loaded(base, run, monke
         with torch.no_grad():
             for stream, encoder in family_of(pipeline).encoders(pipeline).items():
                 # Rows are known again by their bytes, which may differ from those of states made in other batches.
-                penultimate = len(self.streams) > 1 and stream != "t5"
+                penultimate = len(pupil.streams) > 1 and stream != "t5"
                 out = encoder(data.texts[stream].ids[rows], output_hidden_states=penultimate)
                 frozen[stream] = out.hidden_states[-2] if penultimate else out.last_hidden_state
             self.objective.__dict__[_attribute(self)] = getattr(pipeline, self.settings.family.denoiser)

@@ -137,6 +137,8 @@ class Choices:
         """
         words = ["engram", *self._path]
         for name, value in {**self._arguments, **self._answers, **changes}.items():
+            if name in self._parameters and value == self._parameters[name].default:
+                continue
             if name in self._parameters:
                 words += _option_words(self._parameters[name], value)
             elif name in self._answers:
