@@ -47,21 +47,14 @@ class Sources:
     video: Path
     plots: Path
 
-    def comparison(self, name: str = "comparison") -> Comparison | None:
+    def comparison(self, name: str) -> Comparison | None:
         """Return the rows of a benchmark of pictures."""
         content = read_results(self.vision, name)
         return None if content is None else Comparison(content)
 
-    def picture(self, name: str, title: str) -> str:
-        """Return a plot or picture that lies beside the page, in Markdown."""
-        return f"![{title}]({self.plots.name}/{name})"
 
-
-def tell_losses(sources: Sources) -> str:
+def tell_losses(found: Comparison) -> str:
     """List every measure in which a method of others does better than the best engram."""
-    found = sources.comparison()
-    if found is None:
-        return NOT_YET
     lines = []
     for what, names, more_is_better in MEASURES:
         spreads = {method: found.share(method, *names) for method in found.methods if not method.startswith("the base")}
@@ -79,49 +72,37 @@ def tell_losses(sources: Sources) -> str:
     return "\n".join(lines) or "In none of the measures does another method have a better mean than the best engram."
 
 
-def draw_identity(sources: Sources) -> str:
+def draw_identity(found: Comparison, plots: Path) -> str:
     """Draw identity in new scenes, and tabulate all of identity."""
-    found = sources.comparison()
-    if found is None:
-        return NOT_YET
     figures = dict(_known(found, "new scenes: identity"))
-    plot_bars(sources.plots / "identity.svg", "Identity in new scenes; dots are seeds", figures, limit=1.1)
+    plot_bars(plots / "identity.svg", "Identity in new scenes; dots are seeds", figures, limit=1.1)
     columns = [(what, names, 2) for what, names, _ in MEASURES[:5]]
-    return f"{sources.picture('identity.svg', 'Identity in new scenes by method')}\n\n{_table(found, columns)}"
+    return f"{_picture(plots, 'identity.svg', 'Identity in new scenes by method')}\n\n{_table(found, columns)}"
 
 
-def draw_leak(sources: Sources) -> str:
+def draw_leak(found: Comparison, plots: Path) -> str:
     """Draw how far prompts without the name move, and tabulate."""
-    found = sources.comparison()
-    if found is None:
-        return NOT_YET
     figures = dict(_known(found, *(f"{group}: distance" for group in QUIET)))
     title = "Distance of pictures without the name from the base model's; dots are seeds"
-    plot_bars(sources.plots / "leak.svg", title, figures)
+    plot_bars(plots / "leak.svg", title, figures)
     columns = [
         ("identical bytes", tuple(f"{group}: identical" for group in QUIET), 2),
         *((f"distance, {group}", (f"{group}: distance",), 3) for group in QUIET),
         ("the character shows up", tuple(f"{group}: shows the character" for group in QUIET), 2),
         ("other subjects obeyed", ("other subjects: obeyed",), 2),
     ]
-    return f"{sources.picture('leak.svg', 'Leak by method')}\n\n{_table(found, columns)}"
+    return f"{_picture(plots, 'leak.svg', 'Leak by method')}\n\n{_table(found, columns)}"
 
 
-def draw_company(sources: Sources) -> str:
+def tell_company(found: Comparison) -> str:
     """Tabulate prompts with two subjects."""
-    found = sources.comparison()
-    if found is None:
-        return NOT_YET
     columns = [(what, names, 2) for what, names, _ in MEASURES[5:9]]
     columns.append(("borrowed by the monster", ("beside another subject: borrowed",), 2))
     return _table(found, columns)
 
 
-def draw_trade(sources: Sources) -> str:
+def draw_trade(found: Comparison, plots: Path) -> str:
     """Draw identity over the size of the file, and tabulate what learning takes."""
-    found = sources.comparison()
-    if found is None:
-        return NOT_YET
     points, rows = {}, []
     for method, spread in _known(found, "new scenes: identity"):
         size = found.cost(method, "size")
@@ -137,20 +118,17 @@ def draw_trade(sources: Sources) -> str:
         )
         rows.append(f"| {method} | {' | '.join(cells)} |")
     plot_trade(
-        sources.plots / "trade.svg",
+        plots / "trade.svg",
         "Identity in new scenes and the size of the file; bars span the seeds",
         points,
         ("size of the file, kB", "identity in new scenes"),
     )
     head = "| method | values | file | training | peak memory | loading |\n| --- | --- | --- | --- | --- | --- |"
-    return "\n".join([sources.picture("trade.svg", "Identity over file size"), "", head, *rows])
+    return "\n".join([_picture(plots, "trade.svg", "Identity over file size"), "", head, *rows])
 
 
-def draw_crowd(sources: Sources) -> str:
+def draw_crowd(found: Comparison, plots: Path) -> str:
     """Draw what becomes of a character among others."""
-    found = sources.comparison("accumulation")
-    if found is None:
-        return NOT_YET
     curves: dict[str, list[tuple[float, Spread | float]]] = {}
     for method in found.methods:
         spread = found.share(method, "new scenes: identity")
@@ -167,14 +145,14 @@ def draw_crowd(sources: Sources) -> str:
             curves.setdefault(f"LoRA, {way}", list(curves["LoRA, 1"])).append((number, spread))
     curves.pop("LoRA, 1", None)
     labels = ("adapters merged", "identity in new scenes")
-    plot_curves(sources.plots / "crowd.svg", "One character among others; shades span the seeds", curves, labels)
+    plot_curves(plots / "crowd.svg", "One character among others; shades span the seeds", curves, labels)
     columns = [
         ("identity in new scenes", ("new scenes: identity",), 2),
         ("pictures as alone", ("as alone",), 2),
         ("without the name: identical", ("other subjects: identical",), 2),
         ("obeyed", ("other subjects: obeyed",), 2),
     ]
-    return f"{sources.picture('crowd.svg', 'Identity by number of merged adapters')}\n\n{_table(found, columns)}"
+    return f"{_picture(plots, 'crowd.svg', 'Identity by number of merged adapters')}\n\n{_table(found, columns)}"
 
 
 def draw_scale(sources: Sources) -> str:
@@ -203,7 +181,7 @@ def draw_scale(sources: Sources) -> str:
         cells = (f"{size['concepts']:,}", f"{size['entries']:,}", *(f"{ratio:.3f}" for ratio in ratios), *shares)
         rows.append(f"| {' | '.join(cells)} |")
     head = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
-    return "\n".join([sources.picture("scale.svg", "Costs over entries"), "", *head, *rows])
+    return "\n".join([_picture(sources.plots, "scale.svg", "Costs over entries"), "", *head, *rows])
 
 
 def tell_machines(sources: Sources) -> str:
@@ -222,16 +200,31 @@ def tell_machines(sources: Sources) -> str:
     return "\n".join(["| command | seeds | machine |", "| --- | --- | --- |", *rows]) if rows else NOT_YET
 
 
+def _of(benchmark: str, make: Callable[[Comparison, Path], str]) -> Callable[[Sources], str]:
+    """Return the block that is made of the rows of one benchmark."""
+
+    def block(sources: Sources) -> str:
+        found = sources.comparison(benchmark)
+        return NOT_YET if found is None else make(found, sources.plots)
+
+    return block
+
+
 BLOCKS: Mapping[str, Callable[[Sources], str]] = {
-    "losses": tell_losses,
-    "identity": draw_identity,
-    "leak": draw_leak,
-    "company": draw_company,
-    "trade": draw_trade,
-    "crowd": draw_crowd,
+    "losses": _of("comparison", lambda found, _: tell_losses(found)),
+    "identity": _of("comparison", draw_identity),
+    "leak": _of("comparison", draw_leak),
+    "company": _of("comparison", lambda found, _: tell_company(found)),
+    "trade": _of("comparison", draw_trade),
+    "crowd": _of("accumulation", draw_crowd),
     "scale": draw_scale,
     "machines": tell_machines,
 }
+
+
+def _picture(plots: Path, name: str, title: str) -> str:
+    """Return a plot that lies beside the page, in Markdown."""
+    return f"![{title}]({plots.name}/{name})"
 
 
 def _is_ours(method: str) -> bool:

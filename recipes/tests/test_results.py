@@ -9,7 +9,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from recipes.results.__main__ import fill
-from recipes.results.blocks import BLOCKS, NOT_YET, Sources, tell_losses
+from recipes.results.blocks import BLOCKS, NOT_YET, Sources
 from recipes.results.figures import Comparison, Spread
 
 MACHINE = {"cores": "2", "machine": "x86_64 Linux", "python": "3.11.7", "torch": "2.15.0"}
@@ -45,7 +45,7 @@ def sources(tmp_path):
 
 
 def test_shares_are_added_up_by_seed(sources):
-    found = sources.comparison()
+    found = sources.comparison("comparison")
     assert found.share(OURS, "new scenes: identity") == Spread(seeds=(0.8, 0.9))
     assert found.share(OURS, "new scenes: identity", "other subjects: distance") == Spread(seeds=(0.4, 0.45))
     assert found.share(OURS, "no such count") is None
@@ -53,7 +53,7 @@ def test_shares_are_added_up_by_seed(sources):
 
 
 def test_where_others_do_better_is_told(sources):
-    told = tell_losses(sources)
+    told = BLOCKS["losses"](sources)
     assert f"**identity in new scenes**: {LORA} has 0.95 (0.90 to 1.00)" in told
     assert f"the best engram ({OURS}) 0.85 (0.80 to 0.90); the seeds of both overlap." in told
     assert "distance" not in told  # less is better there

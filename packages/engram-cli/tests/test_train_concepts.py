@@ -71,6 +71,16 @@ def test_the_folder_may_stand_in_a_file(train, toy, world):
     assert settings_of(toy)[0].output == Path("elsewhere/zorbit-quell.safetensors")
 
 
+@pytest.mark.parametrize("option", ["--at-once", "--workers"])
+@pytest.mark.usefixtures("toy")
+def test_what_is_for_lists_alone_is_refused_without_one(engram, option):
+    done = engram("train", "--backbone", "toy", option, "2")
+    assert done.status == 2
+    assert done.err.splitlines()[-1].endswith(
+        f"{option} 2 is for a list of concepts; pass --concepts FILE, or leave {option} out"
+    )
+
+
 def test_groups_are_as_large_as_asked_for(train, toy):
     assert train("--at-once", 1).status == 0
     assert [len(group) for group, _, _ in toy.calls] == [1, 1]

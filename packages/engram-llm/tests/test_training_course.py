@@ -23,6 +23,7 @@ from torch import nn
 from transformers.integrations import integration_utils
 
 from engram_core import InputError, TrainingError, open_memory
+from engram_core.training import checks
 from engram_core.training.metrics import read_metrics
 from engram_llm.loading import load_memory
 from engram_llm.training import preparation, trainer
@@ -163,7 +164,7 @@ def test_tensorboard_gets_the_figures(settings_of, monkeypatch):
     module.SummaryWriter = Writer
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: True)
-    monkeypatch.setattr(trainer, "find_spec", lambda _: True)
+    monkeypatch.setattr(checks, "find_spec", lambda _: True)
     report = train(settings_of(tracker="tensorboard"))
     assert {("train/loss", 4), ("eval/loss", 4), ("train/loss", 8), ("eval/loss", 8)} <= {one[:2] for one in written}
     assert all(place.startswith(str(report.run_dir)) for _, _, place in written)

@@ -121,7 +121,7 @@ def test_folders_with_other_things_are_never_replaced_by_lora(settings_of, tmp_p
 
 
 def test_trackers_that_are_not_installed_are_refused(settings_of, monkeypatch):
-    monkeypatch.setattr("engram_llm.training.trainer.find_spec", lambda name: None)
+    monkeypatch.setattr("engram_core.training.checks.find_spec", lambda name: None)
     with pytest.raises(InputError, match="tracker wandb needs the package wandb; install it, or leave --tracker out"):
         train(settings_of(tracker="wandb"))
 

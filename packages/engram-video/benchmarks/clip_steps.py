@@ -25,7 +25,6 @@ from engram_video.families import WAN22 as FAMILY
 from engram_video.frames import sample_indices
 from engram_video.settings import Wan22TrainSettings
 from engram_video.training.clips import CLIPS, encode_clips, train
-from engram_video.wan22 import WAN22
 from engram_vision.loading import pipeline_tokenizers
 from engram_vision.models import load_pipeline
 from engram_vision.training.frozen import FrozenTexts, TextReader
@@ -89,9 +88,6 @@ class Task:
             device=self.device,  # type: ignore[arg-type]
             gradient_checkpointing=self.gradient_checkpointing,
             low_memory=self.low_memory,
-            # The rates are of no consequence for time, but those of few steps must not let values overflow.
-            vector_rate=float(WAN22.tiny_train["vector_rate"]),
-            scale_rate=float(WAN22.tiny_train["scale_rate"]),
             steps=n_steps,
             validate_every=0,
             save_every=n_steps,

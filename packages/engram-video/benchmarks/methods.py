@@ -30,6 +30,7 @@ from engram_vision.training.preparation import load_model, prepare, read_data
 
 ALL = tuple(f"{attention}.{name}" for attention in ("attn1", "attn2") for name in ("to_q", "to_k", "to_v", "to_out.0"))
 TEXT_ALONE = ("attn2.to_k", "attn2.to_v")  # that read the text
+_RATES = ("vector_rate", "scale_rate")
 PUBLISHED = Wan22TrainSettings(data=Path(), trigger="", output=Path("published.safetensors"))
 
 
@@ -217,12 +218,12 @@ def publish(steps: int, *, stretch: bool) -> dict[str, Any]:
         steps: of the run.
         stretch: whether rates are higher by as much as steps are fewer, so that Adam can move values as far.
     """
-    names = ("rule", "overlap", "init_std", "init_scale", "weight_decay", "schedule", "vector_rate", "scale_rate")
+    names = ("sites", "rule", "overlap", "init_std", "init_scale", "weight_decay", "schedule", *_RATES)
     values = {name: getattr(PUBLISHED, name) for name in names}
     share = steps / PUBLISHED.steps
     values |= {"activation": "spans", "keep": "last", "warm_up": round(PUBLISHED.warm_up * share)}
     if stretch:
-        values |= {name: values[name] / share for name in ("vector_rate", "scale_rate")}
+        values |= {name: values[name] / share for name in _RATES}
     return values
 
 
@@ -235,10 +236,10 @@ def _lora(rate: float, where: str, projections: Sequence[str]) -> Method:
     )
 
 
-ENGRAM = Method(name="engram", learn=learn_engram, open=open_engram)
+ENGRAM = Method(name="engram, a residual for each block", learn=learn_engram, open=open_engram)
 METHODS = (
     ENGRAM,
-    replace(ENGRAM, name="engram, a residual for each block", settings=lambda _: {"sites": "blocks"}),
+    replace(ENGRAM, name="engram, one residual", settings=lambda _: {"sites": "text"}),
     replace(ENGRAM, name="published, rates to scale", settings=lambda steps: publish(steps, stretch=True)),
     replace(ENGRAM, name="published, rates as they are", settings=lambda steps: publish(steps, stretch=False)),
     *(_lora(rate, "", ALL) for rate in (1e-3, 3e-3, 1e-2)),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from vision_builders import SIZE, TRIGGER, Log, captions, write_pictures
 from vision_families import (
+    TRAIN_SETTINGS,
     WIDTH_T5,
     copy_family,
     draw_pictures,
@@ -27,7 +28,6 @@ from engram_core.training.metrics import read_metrics
 from engram_vision.dataset import CaptionedImage, read_dataset
 from engram_vision.families import SD35, family_of
 from engram_vision.loading import load_engram
-from engram_vision.settings import SD15TrainSettings, SD35TrainSettings, SDXLTrainSettings
 from engram_vision.training import trainer
 from engram_vision.training.frozen import TextReader, freeze
 from engram_vision.training.initial import describe_vectors
@@ -37,7 +37,6 @@ from engram_vision.training.state import load_state
 from engram_vision.training.trainer import METRICS, PREVIEWS, STATE, train
 
 CPU = torch.device("cpu")
-SETTINGS = {"sd15": SD15TrainSettings, "sdxl": SDXLTrainSettings, "sd35": SD35TrainSettings}
 
 # The scheduler of diffusers is older than NumPy's way to copy.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -68,7 +67,7 @@ def settings_for(base, folder_of, tmp_path, **values):
         "precision": "fp32",
         "device": "cpu",
     }
-    return SETTINGS[name](**fields | values)
+    return TRAIN_SETTINGS[name](**fields | values)
 
 
 @pytest.fixture

@@ -4,19 +4,16 @@ import numpy as np
 import pytest
 import torch
 from vision_builders import TRIGGER, Log, captions, write_pictures
-from vision_families import NAMES, copy_family, draw_pictures, width_of
+from vision_families import NAMES, TRAIN_SETTINGS, copy_family, draw_pictures, width_of
 
 from engram_core import InputError, open_adapter
 from engram_core.training.metrics import read_metrics
 from engram_vision.families import family_of
 from engram_vision.loading import load_engram
-from engram_vision.settings import SD15TrainSettings, SD35TrainSettings, SDXLTrainSettings
 from engram_vision.site_hooks import attached_sites
 from engram_vision.sites import name_sites
 from engram_vision.training import trainer
 from engram_vision.training.trainer import METRICS, train
-
-SETTINGS = {"sd15": SD15TrainSettings, "sdxl": SDXLTrainSettings, "sd35": SD35TrainSettings}
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
@@ -49,7 +46,7 @@ def run(base, folder_of, tmp_path):
             "precision": "fp32",
             "device": "cpu",
         }
-        report = train(SETTINGS[name](**fields | values), resume=resume, overwrite=overwrite, watcher=log)
+        report = train(TRAIN_SETTINGS[name](**fields | values), resume=resume, overwrite=overwrite, watcher=log)
         return report, open_adapter(report.output)
 
     return start

@@ -6,17 +6,15 @@ import numpy as np
 import pytest
 import torch
 from vision_builders import TRIGGER, Log, captions, write_pictures
-from vision_families import NAMES, OTHER, copy_family, draw_pictures
+from vision_families import NAMES, OTHER, TRAIN_SETTINGS, copy_family, draw_pictures
 
 from engram_core import InputError, TargetExistsError, merge_adapters, open_adapter
 from engram_core.training.metrics import read_metrics
 from engram_vision.families import family_of
 from engram_vision.loading import load_engram
-from engram_vision.settings import SD15TrainSettings, SD35TrainSettings, SDXLTrainSettings
 from engram_vision.training import trainer
 from engram_vision.training.trainer import METRICS, PREVIEWS, train, train_together
 
-SETTINGS = {"sd15": SD15TrainSettings, "sdxl": SDXLTrainSettings, "sd35": SD35TrainSettings}
 TRIGGERS = (TRIGGER, OTHER)
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -50,7 +48,7 @@ def settings_of(base, folder_of, tmp_path):
             "device": "cpu",
         }
         return [
-            SETTINGS[name](
+            TRAIN_SETTINGS[name](
                 data=tmp_path / f"pictures{number}",
                 trigger=trigger,
                 output=tmp_path / folder / f"{number}.safetensors",

@@ -43,8 +43,11 @@ from engram_core import (
 )
 from engram_core import Residual as NumpyResidual
 from engram_vision.families import FAMILIES, PENULTIMATE, SD15, SD35, SDXL, family_of
+from engram_vision.settings import SD15TrainSettings, SD35TrainSettings, SDXLTrainSettings
 
 NAMES = tuple(FAMILIES)
+
+TRAIN_SETTINGS = {"sd15": SD15TrainSettings, "sdxl": SDXLTrainSettings, "sd35": SD35TrainSettings}
 
 WIDTH_L, WIDTH_G, WIDTH_T5 = 32, 48, 96
 """Of the text states; the two CLIPs together are narrower than T5, so that zeros fill the rest."""

@@ -137,10 +137,9 @@ class Choices:
         """
         words = ["engram", *self._path]
         for name, value in {**self._arguments, **self._answers, **changes}.items():
-            if name in self._parameters and value == self._parameters[name].default:
-                continue
             if name in self._parameters:
-                words += _option_words(self._parameters[name], value)
+                parameter = self._parameters[name]
+                words += _option_words(parameter, value) if value != parameter.default else []
             elif name in self._answers:
                 words += ["--set", f"{name}={value}"]
         return shlex.join(words)

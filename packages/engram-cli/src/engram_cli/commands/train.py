@@ -27,6 +27,7 @@ _CONCEPT, _MEMORY, _TEXTS, _STEPS, _DATA, _MODEL, _WATCH, _MANY, _RUN = (
     "Many concepts",
     "Other options",
 )
+_AT_ONCE = 8
 
 
 def register(app: typer.Typer) -> None:
@@ -264,12 +265,18 @@ def train(
         ),
     ] = None,
     at_once: Annotated[
-        int, typer.Option(min=1, help="How many of them learn in one batch.", rich_help_panel=_MANY)
-    ] = 8,
+        int | None,
+        typer.Option(min=1, help="How many of them learn in one batch.", show_default="8", rich_help_panel=_MANY),
+    ] = None,
     workers: Annotated[
-        int,
-        typer.Option(min=0, help="Processes of a Ray cluster that train them; 0 is here.", rich_help_panel=_MANY),
-    ] = 0,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Processes of a Ray cluster that train them.",
+            show_default="this process",
+            rich_help_panel=_MANY,
+        ),
+    ] = None,
     backbone: Backbone = None,
     assignments: Assignments = None,
     config: Config = None,
@@ -283,7 +290,7 @@ def train(
     """
     arguments = dict(locals())
     from engram_cli.choices import Choices
-    from engram_cli.endings import Interrupted
+    from engram_cli.endings import Interrupted, UsageError
     from engram_cli.messages import format_duration, format_entries, printable, show, show_json, show_written
     from engram_cli.watchers import watching
 
@@ -292,6 +299,9 @@ def train(
     if concepts is not None:
         _train_concepts(choices, family, arguments)
         return
+    for option, value in (("--at-once", at_once), ("--workers", workers)):
+        if value is not None:
+            raise UsageError(f"{option} {value} is for a list of concepts; pass --concepts FILE, or leave {option} out")
     settings = choices.settings(family)
     try:
         with watching(as_json=as_json) as watcher:
@@ -331,8 +341,8 @@ def _train_concepts(choices: Choices, family: Any, arguments: Mapping[str, Any])
             reports = train_concepts(
                 family,
                 settings,
-                at_once=arguments["at_once"],
-                workers=arguments["workers"],
+                at_once=arguments["at_once"] or _AT_ONCE,
+                workers=arguments["workers"] or 0,
                 resume=arguments["resume"],
                 overwrite=arguments["force"],
                 watcher=watcher,

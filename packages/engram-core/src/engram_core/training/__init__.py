@@ -1,1 +1,1 @@
-"""What every backend's training shares, without PyTorch: Ctrl-C, the metrics file, learning rates over the steps."""
+"""What every backend's training shares, without PyTorch: refusals, Ctrl-C, metrics, learning rates, many concepts."""

@@ -18,6 +18,7 @@ from engram_core.training.concepts import Group
 __all__ = ["train_by_workers"]
 
 _DEATHS = 3  # of workers over one group, after which it is the group's fault
+_PATIENCE = 30.0  # seconds in which stopped workers save their states
 
 
 def train_by_workers(
@@ -41,8 +42,8 @@ def train_by_workers(
     """
     ray = _import_ray()
     reports: dict[int, list[TrainReport]] = {}
-    waiting = deque((number, resume, overwrite) for number in range(len(groups)))
-    deaths = dict.fromkeys(range(len(groups)), 0)
+    waiting = deque(range(len(groups)))
+    deaths = [0] * len(groups)
     running: dict[Any, int] = {}
     with _cluster(ray):
         work = _remote(ray, workers)
@@ -51,8 +52,10 @@ def train_by_workers(
         try:
             while waiting or running:
                 while waiting and len(running) < workers:
-                    number, goes_on, replaces = waiting.popleft()
-                    running[work.remote(backbone, groups[number].settings, goes_on, replaces)] = number
+                    number = waiting.popleft()
+                    died = deaths[number] > 0  # then another goes on from its last step
+                    task = work.remote(backbone, groups[number].settings, resume or died, overwrite and not died)
+                    running[task] = number
                 (done,), _ = ray.wait(list(running))
                 number = running.pop(done)
                 try:
@@ -65,7 +68,7 @@ def train_by_workers(
                             "with fewer at once if memory ran out"
                         ) from error
                     watcher.note(f"{groups[number].title}: its worker died; another goes on from the last step")
-                    waiting.appendleft((number, True, False))
+                    waiting.appendleft(number)
                 except ray.exceptions.RayTaskError as error:
                     raise error.cause from None
                 watcher.advance(sum(map(len, reports.values())))
@@ -76,9 +79,6 @@ def train_by_workers(
             if running:
                 ray.wait(list(running), num_returns=len(running), timeout=_PATIENCE)
     return [report for number in range(len(groups)) for report in reports[number]]
-
-
-_PATIENCE = 30.0  # seconds in which stopped workers save their states
 
 
 def _train_group(backbone: str, settings: Sequence[Any], resume: bool, overwrite: bool) -> list[TrainReport]:

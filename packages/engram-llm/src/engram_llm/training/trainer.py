@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from transformers import TrainingArguments
 from engram_core import AdapterWriteError, InputError, TargetExistsError, TrainReport, Watcher
 from engram_core.container import open_target, write_all
 from engram_core.settings import dump_settings
+from engram_core.training.checks import check_run_folder, check_tracker
 from engram_core.training.interrupt import DeferredInterrupt
 from engram_core.training.metrics import MetricsFile
 from engram_llm.models import pick_device
@@ -60,8 +60,8 @@ def train(
     """
     started, watcher = time.monotonic(), watcher or Watcher()
     folder = settings.run_dir or settings.output.with_suffix(".run")
-    _check_tracker(settings.tracker)
-    _check_folder(folder)
+    check_tracker(settings.tracker)
+    check_run_folder(folder)
     check_outputs(settings, is_allowed=resume or overwrite)
     if list_checkpoints(folder) and not (resume or overwrite):
         raise TargetExistsError(
@@ -256,15 +256,3 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise AdapterWriteError(f"{folder}: cannot be created: {error.strerror}; pass another --run-dir") from None
-
-
-def _check_folder(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: is a file, and the run needs a folder of that name; pass another --run-dir")
-
-
-def _check_tracker(tracker: str) -> None:
-    """Refuse a tracker that is not installed, with a message of one line."""
-    packages = {"none": (), "tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}[tracker]
-    if packages and not any(map(find_spec, packages)):
-        raise InputError(f"tracker {tracker} needs the package {packages[0]}; install it, or leave --tracker out")

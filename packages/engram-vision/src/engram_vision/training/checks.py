@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
-from importlib.util import find_spec
 from pathlib import Path
 
 from engram_core import InputError, TargetExistsError
+from engram_core.training.checks import check_run_folder, check_tracker
 from engram_vision.settings import TrainSettings
 
 __all__ = ["METRICS", "SETTINGS", "STATE", "check_concepts", "is_begun", "run_folder"]
@@ -37,7 +37,7 @@ def check_concepts(settings: Sequence[TrainSettings], *, resume: bool = False, o
         TargetExistsError: an output or a run exists, and neither `resume` nor `overwrite` was asked for.
     """
     _check_alike(settings)
-    _check_tracker(settings[0].tracker)
+    check_tracker(settings[0].tracker)
     for each in settings:
         _check_targets(each, resume=resume, overwrite=overwrite)
 
@@ -59,8 +59,7 @@ def _check_targets(settings: TrainSettings, *, resume: bool, overwrite: bool) ->
         raise InputError(f"{output}: there is no folder {output.parent}; create it first")
     if output.is_dir():
         raise InputError(f"{output}: is a folder; give the name of a file")
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: is a file, and the run needs a folder of that name; pass another --run-dir")
+    check_run_folder(folder)
     if resume or overwrite:
         return
     if output.exists():
@@ -95,10 +94,3 @@ def _check_alike(settings: Sequence[TrainSettings]) -> None:
                     f"{path}: is the {what} of both {taken[path]!r} and {each.trigger!r}; give each its own"
                 )
             taken[path] = each.trigger
-
-
-def _check_tracker(tracker: str) -> None:
-    """Refuse a tracker that is not installed, which accelerate would leave out in silence."""
-    packages = {"none": (), "tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}[tracker]
-    if packages and not any(map(find_spec, packages)):
-        raise InputError(f"tracker {tracker} needs the package {packages[0]}; install it, or leave --tracker out")
