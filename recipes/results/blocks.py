@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
+
+from PIL import Image
 
 from recipes.results.figures import Comparison, Spread, read_results, show_machine
 from recipes.results.plots import plot_bars, plot_curves, plot_trade
@@ -40,11 +43,13 @@ class Sources:
 
     Attributes:
         vision, video: `results.json` of the packages' benchmarks.
+        grids: folder with a folder for each checkpoint, in which the comparison left its pictures.
         plots: folder beside the page.
     """
 
     vision: Path
     video: Path
+    grids: Path
     plots: Path
 
     def comparison(self, name: str) -> Comparison | None:
@@ -70,6 +75,30 @@ def tell_losses(found: Comparison) -> str:
             own = f"the best engram ({ours}) {known[ours].show()}"
             lines.append(f"- **{what}**: {method} has {known[method].show()}, {own}{doubt}.")
     return "\n".join(lines) or "In none of the measures does another method have a better mean than the best engram."
+
+
+def tell_goal(found: Comparison) -> str:
+    """Hold the best engram with a residual for each block against the best LoRA: identity, size, leak."""
+    ours = _best(found, (m for m in found.methods if _is_ours(m) and "each block" in m))
+    theirs = _best(found, (m for m in found.methods if m.startswith("LoRA")))
+    if ours is None or theirs is None:
+        return NOT_YET
+    lines = []
+    for method, spread in (ours, theirs):
+        size = found.cost(method, "size") or 0.0
+        same = found.share(method, *(f"{group}: identical" for group in QUIET))
+        lines.append(
+            f"- **{method}**: identity in new scenes {spread.show()}, {_show_size(size)}, "
+            f"{'?' if same is None else same.show()} of the pictures without the name unchanged."
+        )
+    gap = ours[1].mean - theirs[1].mean
+    share = (found.cost(ours[0], "size") or 0.0) / (found.cost(theirs[0], "size") or 1.0)
+    doubt = ", and the seeds of both overlap" if ours[1].overlaps(theirs[1]) else ""
+    if abs(gap) < 0.005:
+        verdict = "Their means are equal"
+    else:
+        verdict = f"The engram's mean is {abs(gap):.2f} {'above' if gap > 0 else 'below'} LoRA's"
+    return "\n".join([*lines, "", f"{verdict}{doubt}, at {share:.2f} of its size."])
 
 
 def draw_identity(found: Comparison, plots: Path) -> str:
@@ -155,6 +184,73 @@ def draw_crowd(found: Comparison, plots: Path) -> str:
     return f"{_picture(plots, 'crowd.svg', 'Identity by number of merged adapters')}\n\n{_table(found, columns)}"
 
 
+def tell_short(found: Comparison) -> str:
+    """Tabulate a comparison in short form."""
+    columns = [
+        ("identity in new scenes", ("new scenes: identity",), 2),
+        ("worded differently", ("other wordings: identity",), 2),
+        ("scene of the prompt", tuple(f"{group}: scene" for group in NAMED), 2),
+        ("two characters, both right", ("two characters: both",), 2),
+        ("without the name: identical", tuple(f"{group}: identical" for group in QUIET), 2),
+        ("distance", tuple(f"{group}: distance" for group in QUIET), 3),
+    ]
+    sizes = {method: found.cost(method, "size") for method in found.methods}
+    return _table(found, columns, {method: "" if size is None else _show_size(size) for method, size in sizes.items()})
+
+
+def tell_strengths(found: Comparison) -> str:
+    """Tabulate what other strengths give."""
+    columns = [
+        ("identity in new scenes", ("new scenes: identity",), 2),
+        ("worded differently", ("other wordings: identity",), 2),
+        ("scene of the prompt", tuple(f"{group}: scene" for group in NAMED), 2),
+    ]
+    return _table(found, columns)
+
+
+def tell_clips(sources: Sources) -> str:
+    """Tabulate the comparison on clips."""
+    content = read_results(sources.video, "quality")
+    if content is None:
+        return NOT_YET
+    figures = content["figures"]
+    columns = {"identity": "identity", "lost by the end": "identity_drop", "scene": "scene", "motion": "motion"}
+    head = ["method", *columns, "without the name: identical", "difference"]
+    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    for method, values in figures.items():
+        if not isinstance(values, Mapping) or "identity_drop" not in values:
+            continue
+        cells = [Spread(seeds=tuple(values[name])).show() for name in columns.values()]
+        cells.append(f"{sum(values['identical'])} of {sum(values['controls'])}")
+        cells.append(f"{mean(values['difference']):.3f}")
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def tell_pace(sources: Sources) -> str:
+    """Tabulate how fast many concepts are learned."""
+    content = read_results(sources.vision, "concepts")
+    if content is None:
+        return NOT_YET
+    figures = content["figures"]
+    lines = ["| samples a step of each | concepts at once | concepts an hour |", "| --- | --- | --- |"]
+    for batch, sizes in figures["seconds"].items():
+        for size, seconds in sizes.items():
+            pace = Spread(seeds=tuple(3600 * figures["concepts"] / each for each in seconds))
+            lines.append(f"| {batch.removeprefix('batch of ')} | {size} | {pace.show(0)} |")
+    return "\n".join(lines)
+
+
+def show_pictures(sources: Sources) -> str:
+    """Show a grid for each character: those that the comparison drew on this machine, else those that are there."""
+    for grid in sorted(sources.grids.glob("*/*.png")):
+        with Image.open(grid) as picture:
+            picture.save(sources.plots / f"{grid.stem}.webp", quality=80, method=6)
+    grids = sorted(sources.plots.glob("*.webp"))
+    named = ((grid.name, grid.stem.replace("-", " ").title()) for grid in grids)
+    return "\n\n".join(_picture(sources.plots, name, title) for name, title in named) or NOT_YET
+
+
 def draw_scale(sources: Sources) -> str:
     """Draw what many entries cost."""
     content = read_results(sources.vision, "scale")
@@ -188,7 +284,7 @@ def tell_machines(sources: Sources) -> str:
     """List for each benchmark its command, seeds and machine."""
     rows = []
     for package, path, names in (
-        ("vision", sources.vision, ("comparison", "accumulation", "scale", "concepts")),
+        ("vision", sources.vision, ("comparison", "comparison_sd35", "strengths", "accumulation", "scale", "concepts")),
         ("video", sources.video, ("quality",)),
     ):
         for name in names:
@@ -212,12 +308,18 @@ def _of(benchmark: str, make: Callable[[Comparison, Path], str]) -> Callable[[So
 
 BLOCKS: Mapping[str, Callable[[Sources], str]] = {
     "losses": _of("comparison", lambda found, _: tell_losses(found)),
+    "goal": _of("comparison", lambda found, _: tell_goal(found)),
+    "pictures": show_pictures,
     "identity": _of("comparison", draw_identity),
     "leak": _of("comparison", draw_leak),
     "company": _of("comparison", lambda found, _: tell_company(found)),
     "trade": _of("comparison", draw_trade),
     "crowd": _of("accumulation", draw_crowd),
     "scale": draw_scale,
+    "pace": tell_pace,
+    "strengths": _of("strengths", lambda found, _: tell_strengths(found)),
+    "sd35": _of("comparison_sd35", lambda found, _: tell_short(found)),
+    "wan22": tell_clips,
     "machines": tell_machines,
 }
 
@@ -231,6 +333,12 @@ def _is_ours(method: str) -> bool:
     return method.startswith("engram")
 
 
+def _best(found: Comparison, methods: Iterable[str]) -> tuple[str, Spread] | None:
+    """Return the method with the highest mean identity in new scenes, and its seeds."""
+    known = [(method, spread) for method in methods if (spread := found.share(method, "new scenes: identity"))]
+    return max(known, key=lambda one: one[1].mean, default=None)
+
+
 def _known(found: Comparison, *names: str) -> Iterator[tuple[str, Spread]]:
     for method in found.methods:
         spread = found.share(method, *names)
@@ -238,12 +346,16 @@ def _known(found: Comparison, *names: str) -> Iterator[tuple[str, Spread]]:
             yield method, spread
 
 
-def _table(found: Comparison, columns: Sequence[tuple[str, tuple[str, ...], int]]) -> str:
-    """Return a row for each method; the best mean of a column is not marked, because spreads overlap."""
-    lines = [f"| method | {' | '.join(what for what, *_ in columns)} |", "| --- " * (len(columns) + 1) + "|"]
+def _table(
+    found: Comparison, columns: Sequence[tuple[str, tuple[str, ...], int]], files: Mapping[str, str] | None = None
+) -> str:
+    """Return a row for each method, and perhaps its file; no best is marked, because spreads overlap."""
+    head = ["method", *(what for what, *_ in columns), *(["file"] if files else [])]
+    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for method in found.methods:
         spreads = [(found.share(method, *names), digits) for _, names, digits in columns]
         cells = ["" if spread is None else spread.show(digits) for spread, digits in spreads]
+        cells += [files[method]] if files else []
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

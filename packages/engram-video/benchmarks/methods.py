@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,11 @@ class Task:
         return resolve_settings(Wan22TrainSettings, layers)
 
 
+def _always(values: Mapping[str, Any], _: int) -> Mapping[str, Any]:
+    """Return the same settings for any number of steps; unlike a lambda it can go to other processes."""
+    return values
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
     """One way to learn.
@@ -87,7 +93,7 @@ class Method:
     """
 
     name: str
-    settings: Callable[[int], Mapping[str, Any]] = field(default=lambda _: {})
+    settings: Callable[[int], Mapping[str, Any]] = field(default=partial(_always, {}))
     learn: Callable[[Task, Mapping[str, Any]], int]
     open: Callable[[Task], Any]
 
@@ -230,7 +236,7 @@ def publish(steps: int, *, stretch: bool) -> dict[str, Any]:
 def _lora(rate: float, where: str, projections: Sequence[str]) -> Method:
     return Method(
         name=f"LoRA{where}, rate {rate:g}",
-        settings=lambda _: {"rate": rate, "projections": list(projections)},
+        settings=partial(_always, {"rate": rate, "projections": list(projections)}),
         learn=learn_lora,
         open=open_lora,
     )
@@ -239,9 +245,9 @@ def _lora(rate: float, where: str, projections: Sequence[str]) -> Method:
 ENGRAM = Method(name="engram, a residual for each block", learn=learn_engram, open=open_engram)
 METHODS = (
     ENGRAM,
-    replace(ENGRAM, name="engram, one residual", settings=lambda _: {"sites": "text"}),
-    replace(ENGRAM, name="published, rates to scale", settings=lambda steps: publish(steps, stretch=True)),
-    replace(ENGRAM, name="published, rates as they are", settings=lambda steps: publish(steps, stretch=False)),
+    replace(ENGRAM, name="engram, one residual", settings=partial(_always, {"sites": "text"})),
+    replace(ENGRAM, name="published, rates to scale", settings=partial(publish, stretch=True)),
+    replace(ENGRAM, name="published, rates as they are", settings=partial(publish, stretch=False)),
     *(_lora(rate, "", ALL) for rate in (1e-3, 3e-3, 1e-2)),
     *(_lora(rate, " of what reads the text", TEXT_ALONE) for rate in (3e-3, 1e-2)),
 )

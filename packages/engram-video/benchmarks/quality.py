@@ -1,8 +1,8 @@
 """Characters in scenes and motions that no clip showed: engram, the published method and LoRA, and the base model.
 
 All learn from the same clips, which the frozen model made of five pictures, in as many steps of as many clips. Nothing
-was chosen by these figures. Run through `run.py`; each run is kept in `build/video-quality`, so that a stopped
-benchmark goes on.
+was chosen by these figures. Run through `run.py`; each run is made in a process of its own and kept in
+`build/video-quality`, so that a stopped benchmark goes on.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from time import monotonic
@@ -21,6 +22,7 @@ from typing import Any
 from checkpoint import Checkpoint
 from measure import Outcome, Table
 from methods import METHODS, Method, Task, open_base
+from pooled import make_all
 from scores import Asked, Judges, Pixels, Score, compare_clips
 
 from engram_core.container import open_target, write_all
@@ -62,7 +64,6 @@ class Plan:
         scenes, motions: new ones of each character, at most.
         controls: prompts without a trigger, at most.
         look: how clips are drawn.
-        keeps: whether finished runs are kept and taken.
     """
 
     methods: Sequence[Method] = METHODS
@@ -72,7 +73,6 @@ class Plan:
     motions: int = 2
     controls: int = len(CONTROLS)
     look: Mapping[str, Any] = field(default_factory=lambda: {name: WAN22.tiny_generate[name] for name in LOOK})
-    keeps: bool = True
 
     @classmethod
     def quick(cls) -> Plan:
@@ -87,7 +87,6 @@ class Plan:
             motions=1,
             controls=2,
             look={**whole.look, "steps": 2, "frames": 9},
-            keeps=False,
         )
 
 
@@ -142,6 +141,32 @@ class Subject:
     clips: Path
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A run to make.
+
+    Attributes:
+        checkpoint, work, plan, device: as `Benchmark` takes them.
+        name: of the row.
+        subject: what is learned and drawn.
+        seed: of learning and drawing.
+    """
+
+    checkpoint: Checkpoint
+    work: Path
+    plan: Plan
+    device: str
+    name: str
+    subject: Subject
+    seed: int
+
+
+def make_run(job: Job) -> str:
+    """Make a run and keep it, in a process of its own; returns its name."""
+    Benchmark(job.checkpoint, job.work, job.plan, job.device).measure(job.name, job.subject, job.seed)
+    return f"{job.name}, {job.subject.character.name}, seed {job.seed}"
+
+
 def run(*, quick: bool, device: str) -> Outcome:
     """Measure everything."""
     checkpoint = Checkpoint.find()
@@ -157,62 +182,68 @@ class Benchmark:
     def __init__(self, checkpoint: Checkpoint, work: Path, plan: Plan, device: str) -> None:
         self._checkpoint, self._work, self._plan, self._device = checkpoint, work, plan, device
         self._judges, self._base_controls = Judges(checkpoint), dict[int, list[Pixels]]()
-        self._phrases: Mapping[str, str] = {}
+        self._characters, self._phrases = read_characters()
 
     def run(self) -> Outcome:
         """Measure everything."""
-        characters, self._phrases = read_characters()
         self._work.mkdir(parents=True, exist_ok=True)
         subjects = [
             Subject(number=number, character=one, clips=self._make_clips(number, one))
-            for number, one in enumerate(characters)
+            for number, one in enumerate(self._characters)
         ]
+        names = (BASE, DESCRIBED, *(method.name for method in self._plan.methods))
+        self._make_missing(list(product(names, subjects, self._plan.seeds)))
         found: dict[str, dict[int, list[Result]]] = {}
-        for name, measure in self._ways().items():
-            found[name] = {seed: [measure(name, subject, seed) for subject in subjects] for seed in self._plan.seeds}
+        for name in names:
+            found[name] = {seed: [self._read(name, each, seed) for each in subjects] for seed in self._plan.seeds}
             print(f"{name}: identity {_show(_means(found[name], 'identity'))}", flush=True)
         return self._sum_up(found, subjects)
 
-    def _ways(self) -> dict[str, Callable[[str, Subject, int], Result]]:
-        """Return what measures each row of the tables."""
-        ways: dict[str, Callable[[str, Subject, int], Result]] = {BASE: self._run_base, DESCRIBED: self._run_base}
-        return ways | {method.name: self._run_method for method in self._plan.methods}
-
-    def _run_base(self, name: str, subject: Subject, seed: int) -> Result:
-        asked = self._ask(subject, seed, described=name == DESCRIBED)
-        facts = self._facts(asked)
-
-        def measure() -> Result:
-            pipeline = open_base(self._task(name, subject, seed))
-            # Its own clips of prompts without a trigger are drawn twice as well: noise would show.
-            return self._look_at(pipeline, subject, asked, seed, facts)
-
-        return self._keep(name, subject, seed, facts, measure)
-
-    def _run_method(self, name: str, subject: Subject, seed: int) -> Result:
-        (method,) = (each for each in self._plan.methods if each.name == name)
-        asked, task = self._ask(subject, seed), self._task(name, subject, seed)
-        facts = self._facts(asked) | {"settings": method.describe(task)}
-
-        def measure() -> Result:
+    def measure(self, name: str, subject: Subject, seed: int) -> None:
+        """Make a run and keep what it came to."""
+        task, method = self._task(name, subject, seed), self._method(name)
+        n_values, seconds = 0, 0.0
+        if method is None:
+            pipeline = open_base(task)
+        else:
             started = monotonic()
             n_values = method.run(task)
             seconds = monotonic() - started
             # What it takes to go on with a run is not needed any more.
             shutil.rmtree(task.output.with_suffix(".run"), ignore_errors=True)
-            result = self._look_at(method.open(task), subject, asked, seed, facts)
-            return replace(result, values=n_values, seconds=seconds)
+            pipeline = method.open(task)
+        result = self._look_at(pipeline, name, subject, seed)
+        replace(result, values=n_values, seconds=seconds).write(self._record(name, subject, seed))
 
-        return self._keep(name, subject, seed, facts, measure)
+    def _make_missing(self, runs: Sequence[tuple[str, Subject, int]]) -> None:
+        """Make the runs that are not kept."""
+        jobs = [
+            Job(
+                checkpoint=self._checkpoint,
+                work=self._work,
+                plan=self._plan,
+                device=self._device,
+                name=name,
+                subject=subject,
+                seed=seed,
+            )
+            for name, subject, seed in runs
+            if not self._is_kept(name, subject, seed)
+        ]
+        make_all(make_run, jobs, device=self._device)
 
-    def _look_at(
-        self, pipeline: Any, subject: Subject, asked: Sequence[Asked], seed: int, facts: Mapping[str, Any]
-    ) -> Result:
+    def _method(self, name: str) -> Method | None:
+        """Return the method of a row; None for the base model."""
+        return next((method for method in self._plan.methods if method.name == name), None)
+
+    def _look_at(self, pipeline: Any, name: str, subject: Subject, seed: int) -> Result:
         """Draw everything with a pipeline and measure it."""
+        asked = self._ask(subject, seed, described=name == DESCRIBED)
+        # The base model draws these twice as well: noise would show.
         scores = self._judges.score(subject.character, asked, self._draw(pipeline, asked))
         base, own = self._draw_base_controls(subject, seed), self._draw(pipeline, self._ask_controls(seed))
         return Result(
-            facts=facts,
+            facts=self._facts(name, subject, seed),
             scores=scores,
             identical=sum(a.tobytes() == b.tobytes() for a, b in zip(base, own, strict=True)),
             controls=len(own),
@@ -220,19 +251,18 @@ class Benchmark:
             showing=self._judges.share_showing(subject.character, own),
         )
 
-    def _keep(
-        self, name: str, subject: Subject, seed: int, facts: Mapping[str, Any], measure: Callable[[], Result]
-    ) -> Result:
-        """Return a run that was kept, if it was one of the same facts, or make it."""
-        file = self._task(name, subject, seed).output.with_suffix(".json")
-        if self._plan.keeps and file.exists():
-            kept = Result.read(file)
-            if kept.facts == json.loads(json.dumps(facts)):
-                return kept
-        print(f"{name}, {subject.character.name}, seed {seed} ...", file=sys.stderr, flush=True)
-        result = measure()
-        result.write(file)
-        return result
+    def _record(self, name: str, subject: Subject, seed: int) -> Path:
+        """Return the file of what a run came to."""
+        return self._task(name, subject, seed).output.with_suffix(".json")
+
+    def _is_kept(self, name: str, subject: Subject, seed: int) -> bool:
+        """Tell whether a run of the same facts is kept."""
+        file = self._record(name, subject, seed)
+        facts = json.loads(json.dumps(self._facts(name, subject, seed)))
+        return file.exists() and Result.read(file).facts == facts
+
+    def _read(self, name: str, subject: Subject, seed: int) -> Result:
+        return Result.read(self._record(name, subject, seed))
 
     def _task(self, name: str, subject: Subject, seed: int) -> Task:
         # No dots: what follows the last one would be taken for a suffix.
@@ -248,11 +278,14 @@ class Benchmark:
             device=self._device,
         )
 
-    def _facts(self, asked: Sequence[Asked]) -> dict[str, Any]:
+    def _facts(self, name: str, subject: Subject, seed: int) -> dict[str, Any]:
+        """Return all that a run depends on, beside the checkpoint."""
+        method = self._method(name)
         return {
             "look": dict(self._plan.look),
-            "asked": [asdict(one) for one in asked],
+            "asked": [asdict(one) for one in self._ask(subject, seed, described=name == DESCRIBED)],
             "controls": self._control_prompts(),
+            "settings": {} if method is None else method.describe(self._task(name, subject, seed)),
         }
 
     def _ask(self, subject: Subject, seed: int, *, described: bool = False) -> list[Asked]:

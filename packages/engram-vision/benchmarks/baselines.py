@@ -17,7 +17,7 @@ from time import monotonic
 from typing import Any
 
 import torch
-from lessons import Lessons, Task, open_model
+from lessons import Conditions, Lessons, Task, open_model
 from quiet import Others
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -28,8 +28,12 @@ from engram_vision.quiet import quiet_libraries
 from engram_vision.training.batches import Batch
 from engram_vision.training.pictures import encode_views
 
-UNET_PARTS = ("to_k", "to_q", "to_v", "to_out.0")  # those of diffusers' scripts
-ENCODER_PARTS = ("q_proj", "k_proj", "v_proj", "out_proj")
+_ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
+LORA_PARTS: Mapping[str, tuple[str, ...]] = {  # those of diffusers' scripts
+    "unet": _ATTENTION,
+    "transformer": (*_ATTENTION, "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out"),
+    "text_encoder": ("q_proj", "k_proj", "v_proj", "out_proj"),
+}
 CLASS = "monster"
 PRIOR_EACH = 10  # pictures of the class in each scene
 PRIOR_LOOK: Mapping[str, Any] = {"steps": 20, "guidance": 4.0, "batch_size": 10}
@@ -56,7 +60,7 @@ def teach(
     lessons: Lessons,
     parameters: Sequence[Tensor],
     rate: float,
-    states: Callable[[Tensor], Tensor],
+    conditions: Callable[[Tensor], Conditions],
     *,
     more: Callable[[int], Tensor] | None = None,
     limit: Callable[[], None] | None = None,
@@ -67,7 +71,7 @@ def teach(
         lessons: what is learned.
         parameters: what learns.
         rate: peak learning rate of AdamW.
-        states: text states [B, L, d] of rows of the frozen texts.
+        conditions: what the denoiser reads of rows of the frozen texts.
         more: a further loss of a step.
         limit: called between gradients and step.
 
@@ -82,7 +86,7 @@ def teach(
         factor = rate_factor(step, steps=settings.steps, warm_up=settings.warm_up, schedule=settings.schedule)
         optimizer.param_groups[0]["lr"] = rate * factor
         batch = lessons.batch(step)
-        loss = lessons.losses(batch, states(batch.texts)).mean()
+        loss = lessons.losses(batch, conditions(batch.texts)).mean()
         torch.autograd.backward(loss if more is None else loss + more(step))
         if limit is not None:
             limit()
@@ -92,7 +96,7 @@ def teach(
         done = step + 1
         if done == settings.steps or done % settings.validate_every == 0:
             with torch.no_grad():
-                found = float(torch.cat([lessons.losses(check, states(check.texts)) for check in checks]).mean())
+                found = float(torch.cat([lessons.losses(check, conditions(check.texts)) for check in checks]).mean())
             if found < least:
                 least, best = found, [value.detach().clone() for value in parameters]
     if least == float("inf"):
@@ -132,7 +136,13 @@ def learn_inversion(task: Task, options: Mapping[str, Any]) -> Learned:
         if table.grad is not None:
             table.grad[others] = 0
 
-    seconds, busy = teach(lessons, [table], options["rate"], lambda rows: encoder(ids[rows])[0], limit=keep_others)
+    seconds, busy = teach(
+        lessons,
+        [table],
+        options["rate"],
+        lambda rows: lessons.condition_on(encoder(ids[rows])[0]),
+        limit=keep_others,
+    )
     file = task.output.with_suffix(".word.safetensors")
     save_file({word: table.detach()[own].cpu().contiguous()}, file)
     return Learned(values=count * table.shape[1], seconds=seconds, others=busy, size=file.stat().st_size)
@@ -145,23 +155,26 @@ def load_inversion(pipeline: Any, trigger: str, output: Path) -> None:
 
 
 def learn_lora(task: Task, options: Mapping[str, Any]) -> Learned:
-    """Learn LoRA on the attention of the U-Net or of the text encoder, saved by diffusers."""
-    from diffusers import StableDiffusionPipeline
+    """Learn LoRA on the attention of the denoiser or of a single text encoder, saved by diffusers."""
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft import LoraConfig, get_peft_model_state_dict
 
     lessons, part, rank = Lessons(task), options["part"], options["rank"]
     model = getattr(lessons.pipeline, part)
-    targets = list(UNET_PARTS if part == "unet" else ENCODER_PARTS)
+    targets = list(LORA_PARTS[part])
     torch.manual_seed(task.seed)
     model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    encoder = lessons.pipeline.text_encoder
-    states = lessons.states if part == "unet" else lambda rows: encoder(lessons.ids(rows))[0]
-    seconds, busy = teach(lessons, parameters, options["rate"], states)
+    read = lessons.conditions
+    if part == "text_encoder":
+
+        def read(rows: Tensor) -> Conditions:
+            return lessons.condition_on(model(lessons.ids(rows))[0])
+
+    seconds, busy = teach(lessons, parameters, options["rate"], read)
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(model, save_embedding_layers=False))
     folder = lora_folder(task.output)
-    StableDiffusionPipeline.save_lora_weights(folder, **{f"{part}_lora_layers": layers})
+    lessons.pipeline.save_lora_weights(folder, **{f"{part}_lora_layers": layers})
     return Learned(
         values=sum(parameter.numel() for parameter in parameters),
         seconds=seconds,
@@ -192,7 +205,7 @@ def learn_whole(task: Task, options: Mapping[str, Any]) -> Learned:
     unet.requires_grad_(True)
     parameters = list(unet.parameters())
     more = None if prior is None else prior.loss
-    seconds, busy = teach(lessons, parameters, options["rate"], lessons.states, more=more)
+    seconds, busy = teach(lessons, parameters, options["rate"], lessons.conditions, more=more)
     folder = whole_folder(task.output)
     unet.save_pretrained(folder)
     return Learned(
@@ -255,4 +268,4 @@ class Prior:
         latents = self._mean[chosen] + self._std[chosen] * spread
         times = lessons.objective.spread_times(size, random)
         batch = Batch(latents=latents, noise=noise, times=times, texts=chosen)
-        return lessons.losses(batch, self._states[chosen]).mean()
+        return lessons.losses(batch, lessons.condition_on(self._states[chosen])).mean()

@@ -47,9 +47,12 @@ from engram_core.container import open_target, write_all
 from engram_vision.demo.characters import DemoCharacter
 from engram_vision.demo.judge import Judge
 from engram_vision.grid import draw_grid
+from engram_vision.sd15 import SD15
+from engram_vision.sd35 import SD35
 from engram_vision.shipped import judge_folder, tiny_fingerprint
 
 WORK = Path("build/vision-comparison")
+BACKBONES = {backbone.name: backbone for backbone in (SD15, SD35)}
 LOOK: Mapping[str, Any] = {"steps": 20, "guidance": 4.0, "batch_size": 10}
 RATES_TRIED = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 COLUMNS = {  # of the pictures
@@ -75,6 +78,7 @@ class Plan:
         amount: of pictures.
         look: how pictures are drawn.
         prior: pictures of the class in each scene, for DreamBooth; None means the usual number.
+        backbone: whose `tiny` learns and draws; of others than sd15 the short list of methods is compared.
     """
 
     seeds: Sequence[int] = (0, 1, 2)
@@ -84,6 +88,12 @@ class Plan:
     amount: Amount = field(default_factory=Amount)
     look: Mapping[str, Any] = field(default_factory=lambda: LOOK)
     prior: int | None = None
+    backbone: Any = SD15
+
+    @property
+    def work(self) -> Path:
+        """The folder for all that is kept."""
+        return WORK / tiny_fingerprint(self.backbone.name)[:12]
 
     @classmethod
     def quick(cls) -> Plan:
@@ -102,7 +112,7 @@ class Plan:
         """Return the methods to compare."""
         found = [
             method
-            for method in list_methods(list(phrases.values()))
+            for method in list_methods(list(phrases.values()), short=self.backbone.name != SD15.name)
             if not self.methods or any(part in method.name for part in self.methods)
         ]
         if self.prior is None:
@@ -117,7 +127,7 @@ class Plan:
 def run(*, quick: bool, device: str) -> Outcome:
     """Measure everything."""
     if not quick:
-        return Comparison(Plan(), WORK / tiny_fingerprint("sd15")[:12], device).run()
+        return Comparison(Plan(), Plan().work, device).run()
     with tempfile.TemporaryDirectory(prefix="engram-comparison-") as folder:
         return Comparison(Plan.quick(), Path(folder), device).run()
 
@@ -215,6 +225,7 @@ class Comparison:
             steps=self._plan.steps,
             work=self._work,
             device=self._device,
+            backbone=self._plan.backbone,
         )
 
     def _write_grid(self, character: DemoCharacter) -> None:
@@ -244,14 +255,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--choose", action="store_true", required=True, help="try rates on the development character")
     parser.add_argument("--methods", nargs="+", default=(), help="parts of the names of those to try")
+    parser.add_argument("--backbone", choices=tuple(BACKBONES), default=SD15.name)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args()
-    work = WORK / tiny_fingerprint("sd15")[:12]
-    table = Comparison(Plan(methods=options.methods), work, options.device).choose(options.seeds)
+    plan = Plan(methods=options.methods, backbone=BACKBONES[options.backbone])
+    table = Comparison(plan, plan.work, options.device).choose(options.seeds)
     text = table.plain()
     print(f"\n{text}")
-    with open_target(work / "rates.txt", overwrite=True) as target:
+    with open_target(plan.work / "rates.txt", overwrite=True) as target:
         write_all(target, memoryview(f"{text}{os.linesep}".encode()))
 
 

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engram_core import Watcher
 from engram_core.settings import Layer, dump_settings, resolve_settings
 from engram_vision.demo.characters import DemoCharacter, read_characters
 from engram_vision.models import load_pipeline
 from engram_vision.sd15 import SD15
-from engram_vision.settings import SD15TrainSettings
+from engram_vision.settings import TrainSettings
 from engram_vision.shipped import TINY
 from engram_vision.training.batches import Batch, draw_batch, fixed_batches
 from engram_vision.training.frozen import FrozenData
@@ -30,6 +30,9 @@ from engram_vision.training.preparation import load_model, prepare, read_data
 
 CHARACTERS = Path(__file__).with_name("characters")
 STREAM = "clip_l"
+
+Conditions = Mapping[str, Any]
+"""Keyword arguments of the denoiser."""
 
 
 def read_cast() -> tuple[list[DemoCharacter], DemoCharacter, dict[str, str]]:
@@ -49,9 +52,9 @@ def read_cast() -> tuple[list[DemoCharacter], DemoCharacter, dict[str, str]]:
     return [*shipped, own["evaluation"]], own["development"], phrases
 
 
-def open_model(device: str) -> Any:
-    """Return the base model as it ships, on a device."""
-    return load_pipeline(SD15.family, TINY, device=torch.device(device))
+def open_model(device: str, backbone: Any = SD15) -> Any:
+    """Return the base model of a backbone as it ships, on a device."""
+    return load_pipeline(backbone.family, TINY, device=torch.device(device))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +69,7 @@ class Task:
         steps: optimizer steps.
         seed: of batches, noise, times and first values.
         device: where to compute.
+        backbone: whose `tiny` learns.
     """
 
     data: Path
@@ -75,17 +79,19 @@ class Task:
     steps: int
     seed: int
     device: str
+    backbone: Any = SD15
 
-    def settings(self, changes: Mapping[str, Any] | None = None) -> SD15TrainSettings:
+    def settings(self, changes: Mapping[str, Any] | None = None) -> TrainSettings:
         """Return `tiny`'s settings with some changed."""
         own: dict[str, Any] = {"model": TINY, "data": self.data, "trigger": self.trigger, "cache_dir": self.cache}
         own |= {"output": self.output.with_suffix(".safetensors"), "seed": self.seed, "device": self.device}
         own |= {"steps": self.steps}
         layers = [
-            Layer(source="tiny", values=SD15.default_train_settings(TINY)),
+            Layer(source="tiny", values=self.backbone.default_train_settings(TINY)),
             Layer(source="comparison", values={**own, **(changes or {})}),
         ]
-        return resolve_settings(SD15TrainSettings, layers)
+        settings: TrainSettings = resolve_settings(self.backbone.train_settings, layers)
+        return settings
 
     def facts(self, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Return the settings on which the outcome depends."""
@@ -104,8 +110,9 @@ class Lessons:
         prepared = prepare(self.settings, PICTURES, samples, model, self.device, task.cache, Watcher())
         self.items = samples.learned
         self.pipeline: Any = model.pipeline.to(self.device)
-        for part in (self.pipeline.unet, self.pipeline.text_encoder, self.pipeline.vae):
-            part.requires_grad_(False)
+        for part in self.pipeline.components.values():
+            if isinstance(part, nn.Module):
+                part.requires_grad_(False)
         self.data: FrozenData = prepared.data
         self.objective = PICTURES.objective(self.settings, self.pipeline)
         self._conditioner = model.conditioner
@@ -126,18 +133,25 @@ class Lessons:
             seed=settings.seed,
         )
 
-    def states(self, rows: Tensor) -> Tensor:
-        """Return the frozen text states of rows, [B, L, d]."""
-        return self.data.texts[STREAM].states[rows].to(self.device)
+    def conditions(self, rows: Tensor) -> Conditions:
+        """Return what the denoiser reads of rows of the frozen texts."""
+        texts = self.data.texts
+        states = {name: text.states[rows].to(self.device) for name, text in texts.items()}
+        pooled = {name: text.pooled[rows].to(self.device) for name, text in texts.items() if text.pooled is not None}
+        return self._conditioner(states, pooled)
+
+    def condition_on(self, states: Tensor) -> Conditions:
+        """Return what the denoiser reads of the text states of a single encoder, [B, L, d]."""
+        return self._conditioner({STREAM: states}, {})
 
     def ids(self, rows: Tensor) -> Tensor:
         """Return the token ids of rows, int64 [B, L]."""
         return self.data.texts[STREAM].ids[rows].to(self.device)
 
-    def losses(self, batch: Batch, states: Tensor) -> Tensor:
-        """Return each sample's loss, [B], given text states [B, L, d]."""
+    def losses(self, batch: Batch, conditions: Conditions) -> Tensor:
+        """Return each sample's loss, [B], given what the denoiser reads of its text."""
         latents, noise, times = (part.to(self.device) for part in (batch.latents, batch.noise, batch.times))
-        return self.objective.losses(latents, noise, times, self._conditioner({STREAM: states}, {}))
+        return self.objective.losses(latents, noise, times, conditions)
 
     def retell(self, change: Callable[[str], str]) -> Tensor:
         """Return token ids of the captions in other words, int64 [rows, L], one for each row of the frozen texts.

@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import os
 import re
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,9 +16,9 @@ from time import monotonic
 from typing import Any
 
 import numpy as np
-import torch
 from lessons import Task, open_model
 from memory import Memory
+from pooled import make_all
 from questions import WITHOUT_NAME, Question
 from verdicts import Pixels
 from ways_to_learn import Method
@@ -29,6 +26,7 @@ from ways_to_learn import Method
 from engram_core.container import open_target, write_all
 from engram_vision.demo.characters import DemoCharacter
 from engram_vision.drawing import draw
+from engram_vision.sd15 import SD15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +42,7 @@ class Job:
         steps: of learning, at most.
         work: folder for all that is kept.
         device: where to compute.
+        backbone: whose `tiny` learns and draws.
     """
 
     method: Method
@@ -54,6 +53,7 @@ class Job:
     steps: int | None
     work: Path
     device: str
+    backbone: Any = SD15
 
     @property
     def name(self) -> str:
@@ -87,6 +87,7 @@ class Job:
             steps=max(1, steps),
             seed=self.seed,
             device=self.device,
+            backbone=self.backbone,
         )
 
     def facts(self) -> dict[str, Any]:
@@ -122,19 +123,10 @@ class Drawn:
 
 
 def make_rows(jobs: Sequence[Job]) -> None:
-    """Make the rows that are not kept, each in a process of its own, so that its memory is its own as well.
-
-    On a CPU as many at a time as there are cores, with a thread each: small models gain little from a second one. On a
-    GPU one after the other.
-    """
+    """Make the rows that are not kept."""
     missing = [job for job in jobs if _read_row(job) is None]
-    if not missing:
-        return
-    at_once = 1 if missing[0].device == "cuda" else os.cpu_count() or 1
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(at_once, torch.set_num_threads, (1,), maxtasksperchild=1) as pool:
-        for done, name in enumerate(pool.imap_unordered(_make_named, missing), start=1):
-            print(f"{done} of {len(missing)}: {name}", file=sys.stderr, flush=True)
+    if missing:
+        make_all(_make_named, missing, device=missing[0].device)
 
 
 def take_row(job: Job) -> Drawn:
@@ -213,7 +205,7 @@ def _learn(job: Job) -> dict[str, float]:
 def _load(job: Job) -> tuple[Any, float]:
     """Return a pipeline with all that was learned, and how long that took; what is only done once is not counted."""
     for _ in range(2):
-        pipeline = open_model(job.device)
+        pipeline = open_model(job.device, job.backbone)
         started = monotonic()
         for one in job.characters:
             job.method.load(pipeline, one.name, job.task(one).output)

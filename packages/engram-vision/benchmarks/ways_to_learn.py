@@ -41,6 +41,8 @@ RATES: Mapping[str, float] = {
     "LoRA of the U-Net, rank 4": 1e-2,
     "LoRA of the U-Net, rank 16": 1e-3,
     "LoRA of the text encoder, rank 4": 3e-3,
+    "LoRA of the transformer, rank 4": 1e-3,
+    "LoRA of the transformer, rank 16": 1e-3,
     "DreamBooth": 3e-4,
     "DreamBooth, prior preserved": 3e-4,
 }
@@ -178,11 +180,12 @@ BASE = Method(name="the base model", kind="base", steps=0)
 WORDS = Method(name="the base model, looks in words", kind="words", steps=0)
 
 
-def list_methods(phrases: Sequence[str]) -> tuple[Method, ...]:
+def list_methods(phrases: Sequence[str], *, short: bool = False) -> tuple[Method, ...]:
     """Return the methods that are compared.
 
     Args:
         phrases: of the scenes in which DreamBooth draws its class.
+        short: whether engrams and LoRA alone are, of a denoiser that is a transformer.
     """
 
     def rated(name: str, kind: str, **options: Any) -> Method:
@@ -193,6 +196,11 @@ def list_methods(phrases: Sequence[str]) -> tuple[Method, ...]:
         for sites, what in (("text", "one residual"), ("blocks", "a residual for each block"))
         for steps in (*SHORT, STEPS)
     ]
+    if short:
+        loras = [
+            rated(f"LoRA of the transformer, rank {rank}", "lora", part="transformer", rank=rank) for rank in (4, 16)
+        ]
+        return (*engrams, *loras)
     prior = {"phrases": list(phrases), "each": PRIOR_EACH}
     return (
         *engrams,

@@ -62,6 +62,12 @@ def test_two_characters_are_drawn_where_two_can_be_loaded(output):
     assert len(cells(output, "LoRA of the U-Net, rank 4")[2]) > len(cells(output, "DreamBooth, prior preserved")[2])
 
 
+def test_the_short_form_compares_for_a_transformer():
+    output = run(BENCHMARKS / "run.py", "comparison_sd35", "--quick").stdout
+    assert cells(output, "engram, one residual, 300 steps")[1][:2] == ["1.00", "0.000"]
+    assert cells(output, "LoRA of the transformer, rank 4")[1][0] == "0.00"
+
+
 TWICE = """
 import json
 from dataclasses import replace
@@ -80,9 +86,9 @@ def test_finished_rows_are_kept_and_those_with_other_settings_made_anew(tmp_path
     script = tmp_path / "twice.py"  # a file, because processes that learn import it again
     script.write_text(TWICE)
     first, second, third, _ = run(script, folder=tmp_path).stderr.split("----")
-    made = "engram, one residual, 20 steps, Zorbit Quell, seed 0 ..."
+    made = "engram, one residual, 20 steps, Zorbit Quell, seed 0"
     assert made in first
-    assert "seed 0 ..." not in second
+    assert "seed 0" not in second
     assert made in third
     assert "the base model, Zorbit" not in third
     assert json.loads((tmp_path / "0.json").read_text()) == json.loads((tmp_path / "1.json").read_text())
@@ -95,6 +101,12 @@ def test_an_engram_draws_the_same_in_a_crowd():
     assert (as_alone, identical) == ("1.00", "1.00")
     for way in ("side by side", "linear", "TIES", "DARE"):
         assert len(cells(output, f"LoRA, 2 {way}")[0]) >= 5
+
+
+def test_strengths_are_tried_by_block_and_by_noise():
+    output = run(BENCHMARKS / "run.py", "strengths", "--quick").stdout
+    assert len(cells(output, "as learned")[0]) == 3
+    assert len(cells(output, "0.75 while there is more noise")[0]) == 3
 
 
 def test_committed_characters_are_those_that_the_script_draws(tmp_path):
