@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--judge-steps", type=int, default=1_000)
     parser.add_argument("--clips", type=int, default=6_000, help="of 9 frames")
     parser.add_argument("--video-autoencoder-steps", type=int, default=10_000)
-    parser.add_argument("--video-transformer-steps", type=int, default=24_000)
+    parser.add_argument("--video-transformer-steps", type=int, default=30_000)
     parser.add_argument("--video-stills", type=float, default=STILLS, help="share of these steps: single frames, first")
     parser.add_argument("--compile", action="store_true", help="stills of clips learn faster; needs a C++ compiler")
     parser.add_argument("--learn-on", action="store_true", help="begin with the clip checkpoint that --video-out holds")

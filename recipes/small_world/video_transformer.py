@@ -32,7 +32,7 @@ MAX_LENGTH = 64
 BATCHES: Mapping[int, int] = {1: 48, 5: 10, 9: 5}
 """Latent frames to samples of a step, so that steps cost the same."""
 
-STILLS = 0.7
+STILLS = 0.45
 """Of the steps, the share that sees single frames, which cost little: looks are learned first."""
 
 _LENGTHS = (5, 9, 5, 1)  # then lengths take turns

@@ -181,7 +181,7 @@ class Benchmark:
 
     def __init__(self, checkpoint: Checkpoint, work: Path, plan: Plan, device: str) -> None:
         self._checkpoint, self._work, self._plan, self._device = checkpoint, work, plan, device
-        self._judges, self._base_controls = Judges(checkpoint), dict[int, list[Pixels]]()
+        self._judges = Judges(checkpoint)
         self._characters, self._phrases = read_characters()
 
     def run(self) -> Outcome:
@@ -241,7 +241,9 @@ class Benchmark:
         asked = self._ask(subject, seed, described=name == DESCRIBED)
         # The base model draws these twice as well: noise would show.
         scores = self._judges.score(subject.character, asked, self._draw(pipeline, asked))
-        base, own = self._draw_base_controls(subject, seed), self._draw(pipeline, self._ask_controls(seed))
+        controls = self._ask_controls(seed)
+        # By the process that compares with them.
+        base, own = self._draw(open_base(self._task(BASE, subject, seed)), controls), self._draw(pipeline, controls)
         return Result(
             facts=self._facts(name, subject, seed),
             scores=scores,
@@ -283,6 +285,7 @@ class Benchmark:
         method = self._method(name)
         return {
             "look": dict(self._plan.look),
+            "shown": list(shown_motions(subject.number)),
             "asked": [asdict(one) for one in self._ask(subject, seed, described=name == DESCRIBED)],
             "controls": self._control_prompts(),
             "settings": {} if method is None else method.describe(self._task(name, subject, seed)),
@@ -309,13 +312,6 @@ class Benchmark:
 
     def _ask_controls(self, seed: int) -> list[Drawing]:
         return [Drawing(prompt=prompt, seed=1000 * seed + at) for at, prompt in enumerate(self._control_prompts())]
-
-    def _draw_base_controls(self, subject: Subject, seed: int) -> list[Pixels]:
-        """Return the base model's clips of prompts without a trigger, drawn by the process that compares with them."""
-        if seed not in self._base_controls:
-            pipeline = open_base(self._task(BASE, subject, seed))
-            self._base_controls[seed] = self._draw(pipeline, self._ask_controls(seed))
-        return self._base_controls[seed]
 
     def _draw(self, pipeline: Any, asked: Sequence[Asked] | Sequence[Drawing]) -> list[Pixels]:
         return draw_clips(pipeline, [Drawing(prompt=one.prompt, seed=one.seed) for one in asked], **self._plan.look)

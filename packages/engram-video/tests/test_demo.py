@@ -23,7 +23,7 @@ from video_builders import build_wan, tokenizer
 from engram_core import InputError, TargetExistsError, Watcher
 from engram_video import shipped
 from engram_video.demo import gallery, measures, run
-from engram_video.demo.gallery import Plan
+from engram_video.demo.gallery import Plan, tell_who
 from engram_video.demo.measures import Measures, is_mostly, list_failures
 from engram_video.demo.motions import MOTION_PHRASES, MotionJudge, new_motions, shown_motions
 from engram_video.demo.movies import make_movie
@@ -315,6 +315,17 @@ def test_commands_can_be_run_as_they_are_shown(tmp_path, quick, monkeypatch):
     for name in ("zorbit-quell", "fenny-wumble"):
         made = (tmp_path / f"{name}.safetensors").read_bytes()
         assert made == (tmp_path / "my demo" / f"{name}.safetensors").read_bytes()
+
+
+def test_a_clip_is_told_by_its_frames():
+    (character, _), _ = read_characters()
+    right = {"kind": "monster", **character.attributes}
+    wrong = [{**right, "eyes": "two", "headgear": hat} for hat in ("none", "hat", "crown", "antenna")]
+    assert tell_who(character, [right] * 3 + wrong[:2]) == "Zorbit Quell"
+    told = tell_who(character, [right] * 2 + wrong[:3])
+    assert told.endswith(", right in 2 of 5 frames")
+    assert told.startswith("purple spotted round monster, one eye, horns")
+    assert tell_who(character, wrong[:1]) == "purple spotted round monster, two eyes"
 
 
 @pytest.mark.slow

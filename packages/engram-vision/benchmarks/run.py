@@ -14,7 +14,17 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "engram-core" / "bench
 
 from report import main
 
-NAMES = ("training", "concepts", "encoding", "generating", "comparison", "comparison_sd35", "strengths", "accumulation", "scale")
+NAMES = (
+    "training",
+    "concepts",
+    "encoding",
+    "generating",
+    "comparison",
+    "comparison_sd35",
+    "strengths",
+    "accumulation",
+    "scale",
+)
 RESULTS = Path(__file__).with_name("results.json")
 LIBRARIES = ("numpy", "torch", "diffusers", "transformers", "peft")
 

@@ -42,10 +42,11 @@ class Wan22(DiffusersBackbone):
         "sites": "blocks",
         "rule": "absolute",
         "overlap": "sum",
-        "vector_rate": 0.15,
+        "vector_rate": 0.3,
         "scale_rate": 1e-3,
         "weight_decay": 0.0,
         "warm_up": 10,
+        "schedule": "linear",
         "precision": "fp32",
         "gradient_checkpointing": False,
     }

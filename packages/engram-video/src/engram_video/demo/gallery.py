@@ -29,7 +29,7 @@ from engram_vision.demo.stage import SIDES, ask_for_pairs, compare_states, is_sa
 from engram_vision.drawing import Drawing
 from engram_vision.loading import pipeline_tokenizers
 
-__all__ = ["Gallery", "Plan"]
+__all__ = ["Gallery", "Plan", "tell_who"]
 
 _AT_ONCE = 256  # frames that a judge looks at
 # Without a trigger: other subjects, words that describe the characters, and single words of their names.
@@ -211,8 +211,7 @@ class Gallery:
                 if variant == "engram":
                     measures.count_quarters(seen)
                 if shot.is_shown:
-                    who = character.name if is_seen else _describe_most(named[variant][number])
-                    verdict = f"{who}; {MOTION_PHRASES[motion]}"
+                    verdict = f"{tell_who(character, named[variant][number])}; {MOTION_PHRASES[motion]}"
                     # The base model owes nobody this character, so its clips are neither right nor wrong.
                     good = None if variant == "base" else is_seen
                     pictures.append(Picture(image=self.make_movie(group[number]), verdict=verdict, good=good))
@@ -337,6 +336,16 @@ def _split(named: Sequence[Any], clips: Sequence[Pixels]) -> list[list[Any]]:
     return [[next(rest) for _ in clip] for clip in clips]
 
 
-def _describe_most(named: Sequence[Named]) -> str:
-    """Return what most frames show, in a few words."""
-    return Counter(describe_subject(frame) for frame in named).most_common(1)[0][0]
+def tell_who(character: DemoCharacter, named: Sequence[Named]) -> str:
+    """Return in a few words whom a clip shows.
+
+    Args:
+        character: who was asked for.
+        named: what each frame shows.
+    """
+    seen = [character.is_seen(frame) for frame in named]
+    if is_mostly(seen):
+        return character.name
+    most, _ = Counter(describe_subject(frame) for frame in named).most_common(1)[0]
+    # What most frames agree on can be the character although fewer than most frames do.
+    return f"{most}, right in {sum(seen)} of {len(seen)} frames" if any(seen) else most
