@@ -172,7 +172,9 @@ def learn_lora(task: Task, options: Mapping[str, Any]) -> Learned:
             return lessons.condition_on(model(lessons.ids(rows))[0])
 
     seconds, busy = teach(lessons, parameters, options["rate"], read)
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(model, save_embedding_layers=False))
+    layers = get_peft_model_state_dict(model, save_embedding_layers=False)
+    if part != "transformer":  # of which it would rename some layers and not others
+        layers = convert_state_dict_to_diffusers(layers)
     folder = lora_folder(task.output)
     lessons.pipeline.save_lora_weights(folder, **{f"{part}_lora_layers": layers})
     return Learned(
@@ -192,6 +194,7 @@ def load_lora(pipeline: Any, trigger: str, output: Path) -> None:
     """Load a LoRA into a pipeline, beside those that are loaded already, each with weight 1."""
     with quiet_libraries(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # of the others, which are meant to be there
+        warnings.filterwarnings("error", "While injecting the PEFT adapters")  # a part of what was learned is not found
         pipeline.load_lora_weights(lora_folder(output), adapter_name=trigger.casefold().replace(" ", "_"))
         names = sorted({name for names in pipeline.get_list_adapters().values() for name in names})
         pipeline.set_adapters(names, [1.0] * len(names))

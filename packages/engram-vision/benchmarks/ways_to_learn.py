@@ -41,8 +41,8 @@ RATES: Mapping[str, float] = {
     "LoRA of the U-Net, rank 4": 1e-2,
     "LoRA of the U-Net, rank 16": 1e-3,
     "LoRA of the text encoder, rank 4": 3e-3,
-    "LoRA of the transformer, rank 4": 1e-3,
-    "LoRA of the transformer, rank 16": 1e-3,
+    "LoRA of the transformer, rank 4": 3e-4,
+    "LoRA of the transformer, rank 16": 3e-4,
     "DreamBooth": 3e-4,
     "DreamBooth, prior preserved": 3e-4,
 }

@@ -68,6 +68,34 @@ def test_the_short_form_compares_for_a_transformer():
     assert cells(output, "LoRA of the transformer, rank 4")[1][0] == "0.00"
 
 
+LOADED = """
+from pathlib import Path
+from baselines import learn_lora, load_lora, lora_folder
+from lessons import Task, open_model, read_cast
+from safetensors.torch import load_file
+from engram_vision.sd15 import SD15
+from engram_vision.sd35 import SD35
+
+_, character, _ = read_cast()
+for backbone, part in ((SD15, "unet"), (SD15, "text_encoder"), (SD35, "transformer")):
+    output = Path(part)
+    task = Task(data=character.folder, trigger=character.name, output=output, cache=output / "frozen", steps=1, seed=0,
+                device="cpu", backbone=backbone)
+    learned = learn_lora(task, {"part": part, "rank": 4, "rate": 1e-2})
+    pipeline = open_model("cpu", backbone)
+    load_lora(pipeline, character.name, output)
+    layers = [value for name, value in getattr(pipeline, part).named_parameters() if ".lora_" in name]
+    file = load_file(lora_folder(output) / "pytorch_lora_weights.safetensors")
+    moved, kept = (sum(float(value.double().abs().sum()) for value in values) for values in (layers, file.values()))
+    print(part, sum(value.numel() for value in layers) == learned.values, abs(moved / kept - 1) < 1e-9, sep="  ")
+"""
+
+
+def test_all_that_a_lora_learned_is_loaded(tmp_path):
+    output = run("-c", LOADED, folder=tmp_path).stdout
+    assert [cells(output, part) for part in ("unet", "text_encoder", "transformer")] == [[["True", "True"]]] * 3
+
+
 TWICE = """
 import json
 from dataclasses import replace
