@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--video-stills", type=float, default=STILLS, help="share of these steps: single frames, first")
     parser.add_argument("--compile", action="store_true", help="stills of clips learn faster; needs a C++ compiler")
     parser.add_argument("--learn-on", action="store_true", help="begin with the clip checkpoint that --video-out holds")
-    parser.add_argument("--clip-judge-steps", type=int, default=1_500)
+    parser.add_argument("--clip-judge-steps", type=int, default=4_500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args(arguments)

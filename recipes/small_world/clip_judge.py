@@ -23,7 +23,7 @@ REGIONS: Mapping[str, Box] = {"alone": (0, 0, 64, 64), "left": (0, 12, 40, 64), 
 
 MOTIONS = tuple(MOTION_PHRASES)
 
-_CLIPS, _WINDOWS = 1_500, ((0, 1, 2, 3, 4), (4, 5, 6, 7, 8), (8, 9, 10, 11, 12), (12, 13, 14, 15, 16))
+_CLIPS, _WINDOWS = 3_000, ((0, 1, 2, 3, 4), (4, 5, 6, 7, 8), (8, 9, 10, 11, 12), (12, 13, 14, 15, 16))
 _MOVING = 3_000
 _BATCH, _PEAK_RATE, _MOTION_STEPS = 64, 2e-3, 500
 
