@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -18,7 +19,7 @@ _KB, _MB = 1e3, 1e6
 # What is compared: (what it is called, the counts it is a share of, whether more is better).
 NAMED = ("scenes shown", "new scenes", "other wordings")
 QUIET = ("other subjects", "words of the class", "single words of the name")
-MEASURES: Sequence[tuple[str, tuple[str, ...], bool]] = (
+MEASURES: Sequence[tuple[str, tuple[str, ...], bool]] = (  # the first five are of the character alone
     ("identity in the scenes of the pictures", ("scenes shown: identity",), True),
     ("identity in new scenes", ("new scenes: identity",), True),
     ("identity in prompts worded differently", ("other wordings: identity",), True),
@@ -28,12 +29,23 @@ MEASURES: Sequence[tuple[str, tuple[str, ...], bool]] = (
     ("a thing beside the character right", ("beside another subject: thing right",), True),
     ("a monster beside the character right", ("beside another subject: monster right",), True),
     ("two characters, both right", ("two characters: both",), True),
+    ("two characters, each right", ("two characters: each",), True),
+    ("attributes borrowed by a monster beside the character", ("beside another subject: borrowed",), False),
+    ("pictures without the name unchanged to the byte", tuple(f"{group}: identical" for group in QUIET), True),
+    ("difference of pictures without the name", tuple(f"{group}: difference" for group in QUIET), False),
     ("distance of pictures without the name", tuple(f"{group}: distance" for group in QUIET), False),
     (
         "pictures without the name that show the character",
         tuple(f"{group}: shows the character" for group in QUIET),
         False,
     ),
+    ("other subjects as the prompt says", ("other subjects: obeyed",), True),
+)
+COSTS: Sequence[tuple[str, str, Callable[[float], str]]] = (  # what it is called, where it is kept, how it is shown
+    ("size of the file", "size", lambda value: _show_size(value)),
+    ("seconds of training", "seconds", lambda value: f"{value:,.0f} s"),
+    ("peak memory", "peak", lambda value: f"{value / 2**20:,.0f} MiB"),
+    ("seconds of loading", "load_seconds", lambda value: f"{1000 * value:,.0f} ms"),
 )
 
 
@@ -59,27 +71,33 @@ class Sources:
 
 
 def tell_losses(found: Comparison) -> str:
-    """List every measure in which a method of others does better than the best engram."""
+    """List every measure and cost in which a method of others does better than the engram of full training."""
+    ours = _pick_ours(found)
+    if ours is None:
+        return NOT_YET
     lines = []
     for what, names, more_is_better in MEASURES:
-        spreads = {method: found.share(method, *names) for method in found.methods if not method.startswith("the base")}
-        known = {method: spread for method, spread in spreads.items() if spread is not None}
-        sign = 1 if more_is_better else -1
-        own_methods = [method for method in known if _is_ours(method)]
-        if not own_methods:
+        own, sign = found.share(ours, *names), 1 if more_is_better else -1
+        if own is None:
             continue
-        ours = max(own_methods, key=lambda m: sign * known[m].mean)
-        better = [m for m in known if not _is_ours(m) and sign * known[m].mean > sign * known[ours].mean]
-        for method in sorted(better, key=lambda m: -sign * known[m].mean):
-            doubt = "; the seeds of both overlap" if known[method].overlaps(known[ours]) else ""
-            own = f"the best engram ({ours}) {known[ours].show()}"
-            lines.append(f"- **{what}**: {method} has {known[method].show()}, {own}{doubt}.")
-    return "\n".join(lines) or "In none of the measures does another method have a better mean than the best engram."
+        others = {method: found.share(method, *names) for method in _others(found)}
+        better = {method: one for method, one in others.items() if one and sign * one.mean > sign * own.mean}
+        for method, spread in sorted(better.items(), key=lambda item: -sign * item[1].mean):
+            doubt = "; the seeds of both overlap" if spread.overlaps(own) else ""
+            lines.append(f"- **{what}**: {method} has {spread.show()}, the engram {own.show()}{doubt}.")
+    for what, name, show in COSTS:
+        costs = {method: found.cost(method, name) for method in (ours, *_others(found))}
+        paid = costs.pop(ours)
+        less = {method: cost for method, cost in costs.items() if paid and cost is not None and cost < paid}
+        for method, cost in sorted(less.items(), key=lambda item: item[1]):
+            lines.append(f"- **{what}**: {method} has {show(cost)}, the engram {show(paid or 0.0)}.")
+    head = f"*The engram* is here *{ours}*, which learned as long as the others."
+    return "\n".join([head, "", *(lines or ["In none of the measures and costs does another method do better."])])
 
 
 def tell_goal(found: Comparison) -> str:
-    """Hold the best engram with a residual for each block against the best LoRA: identity, size, leak."""
-    ours = _best(found, (m for m in found.methods if _is_ours(m) and "each block" in m))
+    """Hold the engram of full training against the best LoRA: identity, size, leak."""
+    ours = _best(found, filter(None, [_pick_ours(found)]))
     theirs = _best(found, (m for m in found.methods if m.startswith("LoRA")))
     if ours is None or theirs is None:
         return NOT_YET
@@ -116,6 +134,7 @@ def draw_leak(found: Comparison, plots: Path) -> str:
     plot_bars(plots / "leak.svg", title, figures)
     columns = [
         ("identical bytes", tuple(f"{group}: identical" for group in QUIET), 2),
+        ("difference of pixels", tuple(f"{group}: difference" for group in QUIET), 3),
         *((f"distance, {group}", (f"{group}: distance",), 3) for group in QUIET),
         ("the character shows up", tuple(f"{group}: shows the character" for group in QUIET), 2),
         ("other subjects obeyed", ("other subjects: obeyed",), 2),
@@ -125,8 +144,7 @@ def draw_leak(found: Comparison, plots: Path) -> str:
 
 def tell_company(found: Comparison) -> str:
     """Tabulate prompts with two subjects."""
-    columns = [(what, names, 2) for what, names, _ in MEASURES[5:9]]
-    columns.append(("borrowed by the monster", ("beside another subject: borrowed",), 2))
+    columns = [(what, names, 2) for what, names, _ in MEASURES[5:11]]
     return _table(found, columns)
 
 
@@ -241,13 +259,13 @@ def tell_pace(sources: Sources) -> str:
     return "\n".join(lines)
 
 
-def show_pictures(sources: Sources) -> str:
+def show_pictures(sources: Sources, backbone: str) -> str:
     """Show a grid for each character: those that the comparison drew on this machine, else those that are there."""
-    for grid in sorted(sources.grids.glob("*/*.png")):
+    for grid in sorted(sources.grids.glob(f"*/{backbone}-*.png"), key=lambda path: path.stat().st_mtime):
         with Image.open(grid) as picture:
             picture.save(sources.plots / f"{grid.stem}.webp", quality=80, method=6)
-    grids = sorted(sources.plots.glob("*.webp"))
-    named = ((grid.name, grid.stem.replace("-", " ").title()) for grid in grids)
+    grids = sorted(sources.plots.glob(f"{backbone}-*.webp"))
+    named = ((grid.name, grid.stem.removeprefix(f"{backbone}-").replace("-", " ").title()) for grid in grids)
     return "\n\n".join(_picture(sources.plots, name, title) for name, title in named) or NOT_YET
 
 
@@ -284,7 +302,11 @@ def tell_machines(sources: Sources) -> str:
     """List for each benchmark its command, seeds and machine."""
     rows = []
     for package, path, names in (
-        ("vision", sources.vision, ("comparison", "comparison_sd35", "strengths", "accumulation", "scale", "concepts")),
+        (
+            "vision",
+            sources.vision,
+            ("rates", "comparison", "comparison_sd35", "strengths", "accumulation", "scale", "concepts"),
+        ),
         ("video", sources.video, ("quality",)),
     ):
         for name in names:
@@ -309,7 +331,7 @@ def _of(benchmark: str, make: Callable[[Comparison, Path], str]) -> Callable[[So
 BLOCKS: Mapping[str, Callable[[Sources], str]] = {
     "losses": _of("comparison", lambda found, _: tell_losses(found)),
     "goal": _of("comparison", lambda found, _: tell_goal(found)),
-    "pictures": show_pictures,
+    "pictures": partial(show_pictures, backbone="sd15"),
     "identity": _of("comparison", draw_identity),
     "leak": _of("comparison", draw_leak),
     "company": _of("comparison", lambda found, _: tell_company(found)),
@@ -318,6 +340,7 @@ BLOCKS: Mapping[str, Callable[[Sources], str]] = {
     "scale": draw_scale,
     "pace": tell_pace,
     "strengths": _of("strengths", lambda found, _: tell_strengths(found)),
+    "sd35_pictures": partial(show_pictures, backbone="sd35"),
     "sd35": _of("comparison_sd35", lambda found, _: tell_short(found)),
     "wan22": tell_clips,
     "machines": tell_machines,
@@ -331,6 +354,16 @@ def _picture(plots: Path, name: str, title: str) -> str:
 
 def _is_ours(method: str) -> bool:
     return method.startswith("engram")
+
+
+def _pick_ours(found: Comparison) -> str | None:
+    """Return the engram with a residual for each block that learned in as many steps as the others."""
+    known = [method for method in found.methods if _is_ours(method) and "each block" in method]
+    return known[-1] if known else None
+
+
+def _others(found: Comparison) -> list[str]:
+    return [method for method in found.methods if not _is_ours(method) and not method.startswith("the base")]
 
 
 def _best(found: Comparison, methods: Iterable[str]) -> tuple[str, Spread] | None:

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from engram_core import (
+    ClipsReport,
     DemoReport,
     EngramError,
     EvaluateReport,
@@ -34,7 +35,7 @@ class ToyTraining:
     flip: bool = False
     keep: Literal["best", "last"] = "best"
     preview_prompts: tuple[str, ...] = ()
-    frames: int = 9  # no flag of the command sets it
+    beats: int = 9  # no flag of the command sets it
     motif: str | None = None
 
     def faults(self):
@@ -69,6 +70,16 @@ class ToyEvaluation:
     base: bool = True
     window: int | None = None
     output: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToyClips:
+    data: Path
+    trigger: str
+    output: Path
+    model: str = "toy/model"
+    frames: int = 81
+    described_as: str | None = None
 
 
 class Mute:
@@ -164,7 +175,7 @@ class Toy(Mute):
 
 
 class Talker(Mute):
-    """A backbone for texts that measures as well; what it says is in its prompts."""
+    """A backbone for texts that measures as well; what it says is in its prompts, what fails in its tasks."""
 
     kind = "hashed-memory"
     generate_settings = ToyGeneration
@@ -215,11 +226,38 @@ class Talker(Mute):
             for task, value in zip(settings.tasks, (0.45, 0.4, 0.6), strict=False)
         ]
         counts = {"documents": 1, "tokens": 20, "bytes": 80, "windows": 4}
+        failures = [f"{task} failed" for task in settings.tasks if task.startswith("bad")]
         return EvaluateReport(
             measures=tuple(measures),
             adapters=tuple(UsedAdapter(file=file, identity="ab" * 32, strength=1.0) for file in settings.adapters),
-            details={"texts": {str(text): counts for text in settings.texts}},
+            details={"texts": {str(text): counts for text in settings.texts}, "failures": failures},
             output=settings.output,
+            seconds=83.0,
+        )
+
+
+class Filmer(Mute):
+    """A backbone that makes clips of pictures; a trigger can stop it."""
+
+    clips_settings = ToyClips
+
+    def __init__(self, name="filmer", title="a filmer"):
+        super().__init__(name, title)
+        self.calls = []
+
+    def default_clips_settings(self, model):
+        return {"frames": 9} if model == "tiny" else {}
+
+    def build_clips(self, settings, *, overwrite=False, watcher=None):
+        self.calls.append((settings, overwrite))
+        watcher.begin("making clips", 2)
+        if settings.trigger == "stop":
+            raise KeyboardInterrupt
+        return ClipsReport(
+            folder=settings.output,
+            clips=(settings.output / "a.mp4", settings.output / "b.mp4"),
+            n_made=1,
+            sheet=settings.output / "sheet.png",
             seconds=83.0,
         )
 

@@ -84,6 +84,15 @@ def test_json_holds_all_of_it(engram, talker, memory):
     assert (report["output"], report["seconds"]) == (None, 83.0)
 
 
+def test_what_should_not_have_changed_ends_with_status_1(engram, talker, memory):
+    done = engram("eval", "-a", memory, "--tasks", "one,bad control,bad clip")
+    assert done.status == 1
+    assert len(done.out.splitlines()) == 5
+    assert done.err.splitlines()[-2:] == ["error: bad control failed", "error: bad clip failed"]
+    done = engram("eval", "-a", memory, "--tasks", "bad control", "--json")
+    assert (done.status, done.json["details"]["failures"]) == (1, ["bad control failed"])
+
+
 def test_a_backbone_that_cannot_evaluate_says_so(engram, talker, world):
     done = engram("eval", "--backbone", "mute", "--text", "a.txt")
     assert done.status == 1

@@ -56,13 +56,13 @@ def test_each_concept_has_its_own_settings(train, toy, world):
 
 
 def test_flags_are_stronger_than_the_list_and_the_list_than_files(train, toy, world):
-    (world.folder / "engram.toml").write_text("steps = 20\nframes = 5\n", encoding="utf-8")
+    (world.folder / "engram.toml").write_text("steps = 20\nbeats = 5\n", encoding="utf-8")
     assert train().status == 0
     assert [each.steps for each in settings_of(toy)] == [20, 30]
-    assert [each.frames for each in settings_of(toy)] == [5, 5]
+    assert [each.beats for each in settings_of(toy)] == [5, 5]
     toy.calls.clear()
-    assert train("--steps", 7, "--set", "frames=3").status == 0
-    assert [(each.steps, each.frames) for each in settings_of(toy)] == [(7, 3), (7, 3)]
+    assert train("--steps", 7, "--set", "beats=3").status == 0
+    assert [(each.steps, each.beats) for each in settings_of(toy)] == [(7, 3), (7, 3)]
 
 
 def test_the_folder_may_stand_in_a_file(train, toy, world):

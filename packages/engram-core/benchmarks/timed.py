@@ -122,7 +122,7 @@ def measure_model(load: Callable[[], Any], modules: Sequence[str], device: str) 
 def count_values(file: Path) -> int:
     """Return how many values an adapter has learned; entries that share a vector count once."""
     tables = open_adapter(file).streams.values()
-    return sum(len(np.unique(table.vectors, axis=0)) * table.vectors.shape[1] + table.scales.size for table in tables)
+    return sum(len(np.unique(table.vectors, axis=0)) * table.vectors[0].size + table.scales.size for table in tables)
 
 
 def wait(device: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from timed import count_values
 from torch import Tensor
 
@@ -211,9 +212,15 @@ def save_lora(transformer: Any, folder: Path) -> None:
 
 def open_lora(task: Task) -> Any:
     """Return a pipeline with LoRA in its transformer."""
-    pipeline = open_base(task)
+    pipeline, folder = open_base(task), task.output.with_suffix(".lora")
     with quiet_libraries():
-        pipeline.load_lora_weights(task.output.with_suffix(".lora"))
+        pipeline.load_lora_weights(folder)
+    (file,) = folder.glob("*.safetensors")
+    kept = sum(float(value.double().abs().sum()) for value in load_file(file).values())
+    loaded = (value for name, value in pipeline.transformer.named_parameters() if ".lora_" in name)
+    there = sum(float(value.detach().double().abs().sum()) for value in loaded)
+    if abs(there / kept - 1) > 1e-6:
+        raise RuntimeError(f"{file}: diffusers did not load all of it")
     return pipeline
 
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -120,6 +121,57 @@ def test_clips_of_the_users_own_are_not_replaced(settings):
         WAN22.build_clips(settings)
 
 
+def test_what_else_the_folder_holds_is_kept(settings):
+    from engram_video.clips import write_clip
+
+    settings.output.mkdir()
+    write_clip(settings.output / "own.mp4", np.zeros((3, 32, 32, 3), np.uint8), 8)
+    metadata = settings.output / "metadata.jsonl"
+    own = {"file_name": "own.mp4", "text": TRIGGER}
+    metadata.write_text(json.dumps(own))
+
+    class Ear(Watcher):
+        notes: ClassVar[list[str]] = []
+
+        def note(self, text):
+            self.notes.append(text)
+
+    WAN22.build_clips(settings, watcher=Ear())
+    assert rows_of(settings)[2] == own
+    assert len(rows_of(settings)) == 4
+    assert Ear.notes == [f"{metadata}: also lists own.mp4, not of these pictures"]
+    WAN22.build_clips(settings)  # makes nothing
+    assert len(rows_of(settings)) == 4
+
+
+def test_captions_that_cannot_be_read_are_not_replaced(settings):
+    settings.output.mkdir()
+    metadata = settings.output / "metadata.jsonl"
+    metadata.write_text('{"file_name": "own.mp4", "text": "a"}\n{"file_name": "ow')
+    with pytest.raises(InputError, match=r"metadata.jsonl: line 2 names no file; mend or remove it, or pass another"):
+        WAN22.build_clips(settings)
+    assert metadata.read_text().endswith("ow")
+
+
+def test_pictures_of_the_users_own_are_not_replaced(settings):
+    settings.output.mkdir()
+    sheet = settings.output / "sheet.png"
+    Image.new("RGB", (8, 8)).save(sheet)
+    with pytest.raises(TargetExistsError, match=r"sheet.png: exists, and is no contact sheet; pass --force"):
+        WAN22.build_clips(settings)
+    assert sorted(settings.output.iterdir()) == [sheet]
+    WAN22.build_clips(settings, overwrite=True)
+    with Image.open(sheet) as image:
+        assert image.width > 8
+
+
+def test_clips_do_not_go_among_the_pictures(settings):
+    captions = (settings.data / "metadata.jsonl").read_bytes()
+    with pytest.raises(InputError, match="holds the pictures and their captions; pass another --output"):
+        WAN22.build_clips(replace(settings, output=settings.data / "." / ""), overwrite=True)
+    assert (settings.data / "metadata.jsonl").read_bytes() == captions
+
+
 def test_a_damaged_clip_is_told_and_made_anew_on_request(settings):
     WAN22.build_clips(settings)
     clip = settings.output / "green.mp4"
@@ -145,7 +197,8 @@ def test_two_pictures_of_one_name_are_refused(settings):
 
 
 @pytest.mark.parametrize(("changes", "told"), [({"frames": 6}, "5"), ({"width": 40}, "48")])
-def test_sizes_that_the_model_cannot_have_are_refused(settings, changes, told):
+def test_sizes_that_the_model_cannot_have_are_refused_before_it_is_loaded(settings, monkeypatch, changes, told):
+    monkeypatch.setattr(clipsets, "load_image_to_video", None)
     with pytest.raises(InputError, match=told):
         WAN22.build_clips(replace(settings, **changes))
     assert not settings.output.exists()
@@ -154,3 +207,14 @@ def test_sizes_that_the_model_cannot_have_are_refused(settings, changes, told):
 def test_a_model_that_makes_no_clips_of_pictures_is_refused(settings, plain_model):
     with pytest.raises(InputError, match="is a WanPipeline that makes no clips of pictures"):
         WAN22.build_clips(replace(settings, model=str(plain_model)))
+
+
+def test_a_model_of_pictures_alone_makes_clips(settings, tmp_path):
+    """As the two-expert Wan2.2-I2V-A14B, whose transformers read the picture beside the noise."""
+    from video_builders import build_animator
+
+    folder = tmp_path / "animator"
+    build_animator().save_pretrained(folder)
+    report = WAN22.build_clips(replace(settings, model=str(folder), frames=5))
+    assert report.n_made == 3
+    assert read_clip(report.clips[0]).frames.shape == (5, SIZE, SIZE, 3)

@@ -181,7 +181,7 @@ def test_a_control_clip_that_changes_is_a_failure(settings_for, monkeypatch):
         return clips
 
     monkeypatch.setattr(run._RecordingCanvas, "draw", leak)
-    report = WAN22.evaluate(settings_for(control_prompts=(CONTROL, "a photo of the snow")))
+    report = WAN22.evaluate(settings_for(control_prompts=(CONTROL, "a photo of the snow"), batch_size=8))
     assert by_metric(report)["identical clips of 2"].values == {"engram": 1}
     assert report.details["failures"] == [
         "1 of 2 clips of prompts without a trigger differ from the base model's: 'a photo of the snow' (seed 0)"

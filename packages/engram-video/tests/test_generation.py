@@ -6,10 +6,11 @@ import pytest
 from PIL import Image
 from video_builders import FRAMES, SIZE, TRIGGER, make_adapter
 
-from engram_core import InputError, TargetExistsError
+from engram_core import InputError, TargetExistsError, Watcher
 from engram_video import Wan22GenerateSettings
 from engram_video.clips import read_clip, read_facts
 from engram_video.wan22 import WAN22
+from engram_vision import generation
 
 
 @pytest.fixture
@@ -56,12 +57,26 @@ def test_base_and_engram_stand_side_by_side_and_the_control_is_identical(setting
     assert json.loads(facts["engrams"])[0]["strengths"] == {TRIGGER: 1.0}
 
 
-def test_the_control_file_is_the_base_models_byte_for_byte(settings_for, tmp_path):
+def test_every_frame_of_the_control_is_the_base_models_byte_for_byte(settings_for, tmp_path):
     only = {"prompts": ("a red ball",)}
     with_engram = WAN22.generate(settings_for(**only, output=tmp_path / "with"))
     without = WAN22.generate(settings_for(**only, output=tmp_path / "without", adapters=()))
     frames = [read_clip(report.files[0].path).frames.tobytes() for report in (with_engram, without)]
     assert frames[0] == frames[1]
+
+
+def test_what_was_drawn_before_it_was_stopped_is_kept(settings_for):
+    class Stopping(Watcher):
+        def advance(self, done, figures=None):
+            if done == 1:
+                raise KeyboardInterrupt
+
+    settings = settings_for(compare=True)
+    with pytest.raises(KeyboardInterrupt):
+        WAN22.generate(settings, watcher=Stopping())
+    (kept,) = settings.output.iterdir()
+    assert kept.name == "000-zorbit-quell-in-the-snow-0-base.mp4"
+    assert len(read_clip(kept).frames) == FRAMES
 
 
 def test_nothing_is_overwritten_unasked(settings_for):
@@ -73,10 +88,20 @@ def test_nothing_is_overwritten_unasked(settings_for):
 
 @pytest.mark.parametrize(
     ("changes", "told"),
-    [({"frames": 7}, ["7", "5", "9"]), ({"height": 30}, ["30", "32"])],
+    [
+        ({"frames": 7}, ["7", "5", "9"]),
+        ({"height": 30}, ["30", "32"]),
+    ],
     ids=["frames", "size"],
 )
-def test_sizes_that_the_model_cannot_draw_are_refused(settings_for, changes, told):
+def test_sizes_that_the_model_cannot_draw_are_refused_before_it_is_loaded(settings_for, monkeypatch, changes, told):
+    monkeypatch.setattr(generation, "load_pipeline", None)
     with pytest.raises(InputError) as error:
         WAN22.generate(settings_for(**changes))
     assert all(part in str(error.value) for part in told), error.value
+
+
+def test_a_size_must_be_told(settings_for):
+    assert list(settings_for().faults()) == []
+    (fault,) = settings_for(width=None).faults()
+    assert fault == "width is none, expected pixels: a video model has no size of its own"

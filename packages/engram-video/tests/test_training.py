@@ -7,12 +7,16 @@ import numpy as np
 import pytest
 import torch
 from video_builders import FRAMES, SIZE, TRIGGER, encode, make_clip_set
+from video_files import moving, save
 
 from engram_core import InputError, Watcher, open_adapter
 from engram_video import Wan22TrainSettings, load_engram
+from engram_video.training import clips
 from engram_video.training.clips import CLIPS, encode_clips
 from engram_video.wan22 import WAN22
 from engram_vision.models import load_pipeline
+from engram_vision.training import preparation
+from engram_vision.training.frozen import TextReader
 from engram_vision.training.trainer import METRICS, PREVIEWS, STATE, train
 
 CPU = torch.device("cpu")
@@ -55,11 +59,41 @@ def test_a_run_writes_an_adapter_that_changes_the_clips(settings, pipeline, base
     assert torch.equal(encode(pipeline, "a red ball"), encode(base, "a red ball"))
 
 
-def test_the_loss_falls_and_only_vectors_and_scale_learn(settings):
+def test_the_loss_falls_and_only_vectors_and_scale_learn(settings, monkeypatch):
+    loaded, load = [], preparation.load_pipeline
+    monkeypatch.setattr(preparation, "load_pipeline", lambda *a, **k: loaded.append(load(*a, **k)) or loaded[-1])
     report = WAN22.train(replace(settings, steps=60, validate_every=20, save_every=60, keep="last"))
+    (pipeline,) = loaded
+    assert not any(parameter.requires_grad for parameter in pipeline.transformer.parameters())
+    same = load(WAN22.family, settings.model).transformer.state_dict()
+    assert all(torch.equal(value, same[name]) for name, value in pipeline.transformer.state_dict().items())
     lines = [json.loads(line) for line in (report.run_dir / METRICS).read_text().splitlines()]
     losses = [line["validation_loss"] for line in lines if "validation_loss" in line]
     assert losses[-1] < losses[0]
+
+
+def test_latents_and_states_are_made_once_and_kept(settings, tmp_path, monkeypatch):
+    cached = replace(settings, cache_dir=tmp_path / "cache")
+    first = WAN22.train(cached)
+
+    def refuse(*_, **__):
+        raise AssertionError("what is kept is encoded again")
+
+    monkeypatch.setattr(clips, "encode_clips", refuse)
+    monkeypatch.setattr(TextReader, "_encode", refuse)
+    second = WAN22.train(replace(cached, output=tmp_path / "second.safetensors"))
+    assert second.output.read_bytes() == first.output.read_bytes()
+    with pytest.raises(AssertionError, match="encoded again"):
+        WAN22.train(replace(settings, output=tmp_path / "third.safetensors"))
+
+
+def test_clips_of_odd_sizes_are_resized_and_cut(settings):
+    for name, (width, height) in {"odd-0.mkv": (63, 47), "odd-1.mkv": (35, 101)}.items():
+        save(settings.data / name, moving(FRAMES + 2, width, height), codec="ffv1", pixels="bgr0")
+        with (settings.data / "metadata.jsonl").open("a") as file:
+            file.write("\n" + json.dumps({"file_name": name, "text": TRIGGER}))
+    report = WAN22.train(settings)
+    assert open_adapter(report.output).concept(TRIGGER).record.training["clips"] == 5
 
 
 def test_an_interrupted_run_ends_with_the_same_adapter(settings, tmp_path, one_thread):

@@ -6,7 +6,13 @@ from functools import cache
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from engram_core import (
@@ -77,12 +83,21 @@ def build_wan(*, expand_timesteps=True, second=False):
     return pipeline
 
 
-def _transformer():
+def build_animator():
+    """Return an image-to-video pipeline with two transformers, in the layout of Wan2.2-I2V-A14B."""
+    parts = build_wan(expand_timesteps=False).components
+    experts = [_transformer(in_channels=2 * LATENTS + 4) for _ in range(2)]  # noise, picture and its mask
+    parts |= {"transformer": experts[0], "transformer_2": experts[1]}
+    return WanImageToVideoPipeline(**parts, image_processor=None, image_encoder=None, boundary_ratio=0.9)
+
+
+@torch.no_grad()
+def _transformer(in_channels=LATENTS):
     transformer = WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=2,
         attention_head_dim=12,
-        in_channels=LATENTS,
+        in_channels=in_channels,
         out_channels=LATENTS,
         text_dim=WIDTH,
         freq_dim=16,

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from comparison import LOOK, WORK
 from comparison_tables import Row, shares, show_bytes, show_range, show_spread
-from crowds import WAYS, invent_characters, merge_crowd, merge_loras, tiny_tokenizer
+from crowds import WAYS, gather_crowd, invent_characters, merge_loras, tiny_tokenizer
 from lessons import open_model, read_cast
 from measure import Outcome, Table
 from questions import NEW, QUIET, Amount, Question, ask_alone
@@ -26,7 +26,7 @@ from rows import Job, draw_questions, take_row
 from verdicts import Count, Pixels, Verdicts, count_of
 from ways_to_learn import BASE, RATES, STEPS, Method, engram_file
 
-from engram_core import open_adapter
+from engram_core import merge_adapters, open_adapter
 from engram_core.container import open_target, write_all
 from engram_vision.demo.characters import DemoCharacter
 from engram_vision.demo.judge import Judge
@@ -120,14 +120,18 @@ class Accumulation:
             for character, file in zip(self._cast, files, strict=True):
 
                 def open_crowd(count: int = count, file: Path = file) -> tuple[Any, dict[str, float]]:
-                    started = monotonic()
-                    own = [engram_file(each) for each in (files if count > 1 else [file])]
-                    adapter = merge_crowd(own, count, tokenizer, seed) if count > 1 else open_adapter(own[0])
-                    merged, pipeline = monotonic(), open_model(self._device)
-                    loading = monotonic()
-                    load_engram(pipeline, adapter, name="crowd")
-                    costs = {"size": adapter.nbytes(), "merge_seconds": merged - started if count > 1 else 0.0}
-                    return pipeline, {**costs, "load_seconds": monotonic() - loading}
+                    adapter, costs = open_adapter(engram_file(file)), dict[str, float]()
+                    if count > 1:
+                        parts = gather_crowd([engram_file(each) for each in files], count, tokenizer, seed)
+                        started = monotonic()
+                        adapter = merge_adapters(parts)
+                        costs["merge_seconds"] = monotonic() - started
+                    for _ in range(2):  # what is only done once is not counted
+                        pipeline = open_model(self._device)
+                        started = monotonic()
+                        load_engram(pipeline, adapter, name="crowd")
+                        costs["load_seconds"] = monotonic() - started
+                    return pipeline, {**costs, "size": adapter.nbytes()}
 
                 name = f"engrams, {count:,} in one file"
                 rows.append(self._keep(name, ENGRAM, character, seed, open_crowd))
@@ -152,7 +156,7 @@ class Accumulation:
                     def open_merged(
                         chosen: Sequence[tuple[str, Path]] = chosen, way: str = way
                     ) -> tuple[Any, dict[str, float]]:
-                        return merge_loras(LORA, chosen, way, device=self._device, seed=seed), {}
+                        return merge_loras(LORA, chosen, way, device=self._device, seed=seed)
 
                     name = f"LoRA, {count} {way}" if count > 1 else "LoRA, 1"
                     rows.append(self._keep(name, LORA, character, seed, open_merged))

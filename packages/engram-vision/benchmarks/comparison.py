@@ -2,16 +2,10 @@
 
 Run through `run.py`. Each row is made in a process of its own and kept in `build/vision-comparison`, so that a stopped
 benchmark goes on; with the rows lies a picture for each character, methods from top to bottom.
-
-    uv run python packages/engram-vision/benchmarks/comparison.py --choose
-
-prints what each learning rate of the baselines gives on a character that is used for nothing else.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -24,7 +18,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "engram-core" / "bench
 
 from comparison_tables import Row, make_tables, shares
 from lessons import read_cast
-from measure import Outcome, Table
+from measure import Outcome
 from PIL import Image
 from questions import (
     BESIDE,
@@ -39,22 +33,18 @@ from questions import (
     ask_alone,
     ask_pair,
 )
-from rows import Drawn, Job, list_columns, make_rows, take_row
+from rows import Drawn, Job, fill_caches, list_columns, make_rows, take_row
 from verdicts import Verdicts
 from ways_to_learn import BASE, WORDS, Method, list_methods
 
-from engram_core.container import open_target, write_all
 from engram_vision.demo.characters import DemoCharacter
 from engram_vision.demo.judge import Judge
 from engram_vision.grid import draw_grid
 from engram_vision.sd15 import SD15
-from engram_vision.sd35 import SD35
 from engram_vision.shipped import judge_folder, tiny_fingerprint
 
 WORK = Path("build/vision-comparison")
-BACKBONES = {backbone.name: backbone for backbone in (SD15, SD35)}
 LOOK: Mapping[str, Any] = {"steps": 20, "guidance": 4.0, "batch_size": 10}
-RATES_TRIED = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 COLUMNS = {  # of the pictures
     SHOWN: "a scene shown",
     NEW: "a new scene",
@@ -146,6 +136,7 @@ class Comparison:
     def run(self) -> Outcome:
         """Make every row that is missing, and sum up."""
         methods = (BASE, WORDS, *self._methods)
+        fill_caches(self._first_jobs())
         make_rows([self._job_alone(method, one, seed) for method in methods for one, seed in self._runs()])
         make_rows([self._job_pair(method, pair, seed) for method in methods for pair, seed in self._pairs(method)])
         rows = []
@@ -159,28 +150,13 @@ class Comparison:
             self._write_grid(one)
         return self._sum_up(rows)
 
-    def choose(self, seeds: Sequence[int]) -> Table:
-        """Return what each rate gives on the development character; the base model's distance is 0."""
-        lines = []
-        tried = [
-            (method, rate, replace(method.with_rate(rate), name=f"{method.name}, rate {rate:g}"))
-            for method in self._methods
-            if method.has_rate
-            for rate in RATES_TRIED
-        ]
-        make_rows([self._job_alone(rated, self._development, seed) for *_, rated in tried for seed in seeds])
-        for method, rate, rated in tried:
-            rows = [self._compare_alone(rated, self._development, seed) for seed in seeds]
-            names = (f"{NEW}: identity", f"{FORMS}: scene", f"{QUIET}: distance", f"{CLASS}: shows the character")
-            figures = [shares(rows, rated.name, [name]) for name in names]
-            cells = [", ".join(f"{share:.2f}" for share in figure) for figure in figures]
-            lines.append((method.name, f"{rate:g}", *cells))
-            print(*lines[-1], sep="  ", flush=True)
-        return Table(
-            title=f"Rates on {self._development.name}, seeds {', '.join(map(str, seeds))}",
-            columns=("method", "rate", "identity, new scenes", "scene", "distance without the name", "in a monster"),
-            rows=lines,
-        )
+    def _first_jobs(self) -> list[Job]:
+        """Return a job for each character, the first with pictures of the class where a method learns from them."""
+        method = max(self._methods, key=lambda method: bool(method.options.get("prior")))
+        first, *others = self._cast
+        plain = replace(method, options={**method.options, "prior": False})
+        seed = self._plan.seeds[0]
+        return [self._job_alone(method, first, seed), *(self._job_alone(plain, one, seed) for one in others)]
 
     def _compare_alone(self, method: Method, character: DemoCharacter, seed: int) -> Row:
         job = self._job_alone(method, character, seed)
@@ -238,34 +214,13 @@ class Comparison:
             pixels = take_row(self._job_alone(method, character, seed)).pixels
             rows.append((method.name, [Image.fromarray(pixels[at]) for at in columns]))
         sheet = draw_grid([COLUMNS[questions[at].group] for at in columns], rows)
-        sheet.save(self._work / f"{character.slug}.png", optimize=True)
+        sheet.save(self._work / f"{self._plan.backbone.name}-{character.slug}.png", optimize=True)
 
     def _sum_up(self, rows: Sequence[Row]) -> Outcome:
         return Outcome(
-            tables=make_tables(rows),
+            tables=make_tables(rows, self._cast[-1].name),
             figures={
                 "seeds": list(self._plan.seeds),
                 "rows": [row.to_json() for row in rows],
             },
         )
-
-
-def main() -> None:
-    """Print what each rate of the baselines gives."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--choose", action="store_true", required=True, help="try rates on the development character")
-    parser.add_argument("--methods", nargs="+", default=(), help="parts of the names of those to try")
-    parser.add_argument("--backbone", choices=tuple(BACKBONES), default=SD15.name)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    options = parser.parse_args()
-    plan = Plan(methods=options.methods, backbone=BACKBONES[options.backbone])
-    table = Comparison(plan, plan.work, options.device).choose(options.seeds)
-    text = table.plain()
-    print(f"\n{text}")
-    with open_target(plan.work / "rates.txt", overwrite=True) as target:
-        write_all(target, memoryview(f"{text}{os.linesep}".encode()))
-
-
-if __name__ == "__main__":
-    main()

@@ -45,8 +45,13 @@ class Row:
         }
 
 
-def make_tables(rows: Sequence[Row]) -> list[Table]:
-    """Return every table, a line for each method in the order of the rows."""
+def make_tables(rows: Sequence[Row], apart: str) -> list[Table]:
+    """Return every table, a line for each method in the order of the rows.
+
+    Args:
+        rows: of all methods.
+        apart: a character that nothing was chosen on, whose identity is told alone as well.
+    """
     seeds = sorted({row.seed for row in rows})
     of_seeds = f"mean (lowest to highest) of {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
     names = list(dict.fromkeys(row.method for row in rows))
@@ -68,6 +73,7 @@ def make_tables(rows: Sequence[Row]) -> list[Table]:
 
         return show
 
+    alone = [row for row in rows if row.character == apart]
     learns = [name for name in names if any(row.costs for row in rows if row.method == name)]
     return [
         table(
@@ -75,6 +81,7 @@ def make_tables(rows: Sequence[Row]) -> list[Table]:
             [
                 ("identity, scenes shown", share(f"{SHOWN}: identity")),
                 ("identity, new scenes", share(f"{NEW}: identity")),
+                (f"{apart} alone", lambda name: show_spread(shares(alone, name, [f"{NEW}: identity"]))),
                 ("identity, other wordings", share(f"{FORMS}: identity")),
                 ("attributes", share(*(f"{group}: attributes" for group in NAMED))),
                 ("scene", share(*(f"{group}: scene" for group in NAMED))),
@@ -83,10 +90,11 @@ def make_tables(rows: Sequence[Row]) -> list[Table]:
         table(
             f"Prompts without the name, {of_seeds}",
             [
-                (f"{label}{what}", share(f"{group}: {count}", digits=3 if count == "distance" else 2))
+                (f"{label}{what}", share(f"{group}: {count}", digits=3 if count in ("distance", "difference") else 2))
                 for group, label in ((QUIET, "other subjects: "), (CLASS, "a monster: "), (SINGLE, "single words: "))
                 for count, what in (
                     ("identical", "identical"),
+                    ("difference", "difference"),
                     ("distance", "distance"),
                     *((("obeyed", "obeyed"),) if group == QUIET else (("shows the character", "the character"),)),
                 )

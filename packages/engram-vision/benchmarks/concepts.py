@@ -38,7 +38,7 @@ def run(*, quick: bool, device: str) -> Outcome:
         for batch in BATCHES:
             chosen = [replace(each, batch_size=batch) for each in settings]
             seconds: dict[int, list[float]] = {size: [] for size in sizes}
-            train_concepts(SD15, chosen[:1], overwrite=True)
+            train_concepts(SD15, chosen, at_once=max(sizes), overwrite=True)  # latents and text states are kept then
             for number in range(rounds):
                 print(f"batch of {batch}: round {number + 1} of {rounds} ...", file=sys.stderr, flush=True)
                 for size in sizes:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from lessons import open_model
 from PIL import Image
 from ways_to_learn import Method
 
-from engram_core import Adapter, build_registry, merge_adapters, open_adapter
+from engram_core import Adapter, build_registry, open_adapter
 from engram_core.concept import Concept, ConceptStream
 from engram_core.errors import TriggerError
 from engram_vision.demo.characters import DemoCharacter
@@ -33,19 +34,34 @@ from recipes.small_world.captions import SCENE_PHRASES, describe_monster, invent
 from recipes.small_world.subjects import random_monster
 from recipes.small_world.world import render
 
-WAYS: Mapping[str, Mapping[str, Any]] = {
-    "side by side": {"combination_type": "cat"},  # the exact sum of all
-    "linear": {"combination_type": "linear"},
-    "TIES": {"combination_type": "ties", "density": 0.5},
-    "DARE": {"combination_type": "dare_linear", "density": 0.5},
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """One way in which PEFT merges LoRAs.
+
+    Attributes:
+        options: of `add_weighted_adapter`.
+        averages: whether the weights are 1 / n each, instead of 1.
+    """
+
+    options: Mapping[str, Any]
+    averages: bool = False
+
+
+WAYS: Mapping[str, Way] = {
+    "side by side": Way(options={"combination_type": "cat"}),  # the exact sum of all
+    "linear": Way(options={"combination_type": "linear"}),
+    "linear, averaged": Way(options={"combination_type": "linear"}, averages=True),
+    "TIES": Way(options={"combination_type": "ties", "density": 0.5}),
+    "DARE": Way(options={"combination_type": "dare_linear", "density": 0.5}),
 }
 PICTURES = 5  # of an invented monster
 MERGED = "merged"
 Values = npt.NDArray[np.float32]
 
 
-def merge_crowd(files: Sequence[Path], count: int, tokenizer: Any, seed: int) -> Adapter:
-    """Return trained adapters merged with invented concepts, so many in all.
+def gather_crowd(files: Sequence[Path], count: int, tokenizer: Any, seed: int) -> list[Adapter]:
+    """Return trained adapters, and one of invented concepts, that have so many concepts in all.
 
     Args:
         files: adapters of one concept each.
@@ -58,10 +74,10 @@ def merge_crowd(files: Sequence[Path], count: int, tokenizer: Any, seed: int) ->
     if n_others < 0:
         raise ValueError(f"{count} concepts were asked for and {len(files)} are trained; ask for more")
     if not n_others:
-        return merge_adapters(trained)
+        return trained
     concepts = [adapter.concept(name) for adapter in trained for name in adapter.names()]
     others = invent_concepts(concepts, n_others, tokenizer, seed)
-    return merge_adapters([*trained, Adapter.build(trained[0].manifest, others)])
+    return [*trained, Adapter.build(trained[0].manifest, others)]
 
 
 def invent_concepts(like: Sequence[Concept], count: int, tokenizer: Any, seed: int) -> list[Concept]:
@@ -121,8 +137,10 @@ def invent_characters(folder: Path, count: int, *, seed: int) -> list[DemoCharac
     return found
 
 
-def merge_loras(method: Method, learned: Sequence[tuple[str, Path]], way: str, *, device: str, seed: int) -> Any:
-    """Return a pipeline whose U-Net has several LoRAs merged into one by PEFT, each with weight 1.
+def merge_loras(
+    method: Method, learned: Sequence[tuple[str, Path]], way: str, *, device: str, seed: int
+) -> tuple[Any, dict[str, float]]:
+    """Return a pipeline whose U-Net has several LoRAs merged into one by PEFT, and how long merging took.
 
     Args:
         method: how they were learned.
@@ -141,7 +159,7 @@ def merge_loras(method: Method, learned: Sequence[tuple[str, Path]], way: str, *
         states.append(get_peft_model_state_dict(pipeline.unet, adapter_name=name, save_embedding_layers=False))
         configs.append(config)
     if len(learned) == 1:
-        return pipeline
+        return pipeline, {}
     pipeline = open_model(device)
     names = [f"adapter_{number}" for number in range(len(learned))]
     with quiet_libraries():
@@ -153,10 +171,14 @@ def merge_loras(method: Method, learned: Sequence[tuple[str, Path]], way: str, *
             if set_peft_model_state_dict(model, values, adapter_name=name).unexpected_keys:
                 raise RuntimeError(f"{name}: PEFT does not know its values")
         torch.manual_seed(seed)
-        model.base_model.add_weighted_adapter(names, [1.0] * len(names), MERGED, **WAYS[way])
+        weights = [1 / len(names) if WAYS[way].averages else 1.0] * len(names)
+        started = monotonic()
+        model.base_model.add_weighted_adapter(names, weights, MERGED, **WAYS[way].options)
+        seconds = monotonic() - started
         model.set_adapter(MERGED)
     pipeline.unet = model.get_base_model()
-    return pipeline
+    merged = (value for name, value in pipeline.unet.named_parameters() if f".{MERGED}." in name)
+    return pipeline, {"merge_seconds": seconds, "size": sum(value.nbytes for value in merged)}
 
 
 def draw_like(values: Values, count: int, random: np.random.Generator) -> Values:

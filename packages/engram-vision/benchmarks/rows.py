@@ -16,7 +16,8 @@ from time import monotonic
 from typing import Any
 
 import numpy as np
-from lessons import Task, open_model
+from baselines import Prior
+from lessons import Lessons, Task, open_model
 from memory import Memory
 from pooled import make_all
 from questions import WITHOUT_NAME, Question
@@ -139,6 +140,21 @@ def take_row(job: Job) -> Drawn:
     if made is None:
         raise RuntimeError(f"{job.record}: was made and cannot be read")
     return made
+
+
+def fill_caches(jobs: Sequence[Job]) -> None:
+    """Make what rows share: latents, text states and pictures of the class. No row's costs are to hold it."""
+    if any(_read_row(job) is None for job in jobs):
+        make_all(_fill, jobs, device=jobs[0].device)
+
+
+def _fill(job: Job) -> str:
+    (character,) = job.characters
+    task = job.task(character)
+    lessons = Lessons(task)
+    if job.method.options.get("prior"):
+        Prior(lessons, task.cache, job.method.options["phrases"], job.method.options["each"])
+    return f"what {character.name} is learned from"
 
 
 def _make_named(job: Job) -> str:

@@ -19,6 +19,7 @@ NAMES = (
     "concepts",
     "encoding",
     "generating",
+    "rates",
     "comparison",
     "comparison_sd35",
     "strengths",

@@ -1,22 +1,24 @@
 """Many concepts in one file: what a pipeline pays for them, and whether each still does what it does alone.
 
 Run through `run.py`. The trained concepts are those of `comparison`, learned here where they are missing; the rest has
-triggers of seven words and vectors of the mean and spread of trained ones. Each size is measured in a process of its
-own, so that its memory is its own.
+triggers of seven words and vectors of the mean and spread of trained ones. Each file is merged in a process of its own
+and tried out in another, so that memory is what a user of the file needs.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -42,8 +44,10 @@ from engram_vision.shipped import tiny_fingerprint
 SIZES = (1, 5, 500, 10_000, 47_619)
 """Concepts in the file: one trained one, about 100 and 10,000 entries, 10,000 concepts, a million entries."""
 
-ROUNDS, CHECKED = 200, 200
+ROUNDS, CHECKED, OPENED = 200, 200, 5
 _MEGA = 1e6
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +58,7 @@ class Scale:
         concepts, entries: in the file.
         size: of the file, in bytes.
         merge_seconds: from the trained files and one of all others to the merged file.
-        open_seconds, load_seconds: of `open_adapter`, and of `load_engram` with what it opened.
+        open_seconds, load_seconds: of `open_adapter`, and of `load_engram` with what it opened; medians of some times.
         memory: that a pipeline with the file needs more than without, in bytes.
         quiet, firing: time of an encoded prompt in relation to the bare pipeline's.
         again: the bare pipeline's in relation to itself.
@@ -89,54 +93,76 @@ def run(*, quick: bool, device: str) -> Outcome:
     found = []
     for size in sizes:
         print(f"{size:,} concepts ...", file=sys.stderr, flush=True)
-        with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            found.append(pool.submit(measure, jobs, size, rounds, device).result())
+        with tempfile.TemporaryDirectory(prefix="engram-scale-") as name:
+            file = Path(name) / "merged.safetensors"
+            seconds = _call(merge, jobs, size, file)
+            found.append(_call(measure, jobs, file, seconds, rounds, device))
     return Outcome(
         tables=[_costs(found), _deeds(found)],
         figures={"rounds": rounds, "threads": torch.get_num_threads(), "sizes": [asdict(scale) for scale in found]},
     )
 
 
-def measure(jobs: Sequence[Job], size: int, rounds: int, device: str) -> Scale:
-    """Write a file of so many concepts and try it out."""
-    files = [engram_file(job.task(*job.characters).output) for job in jobs][:size]
-    vocabulary = Vocabulary.tiny()
-    with tempfile.TemporaryDirectory(prefix="engram-scale-") as name:
-        merged, seconds = Path(name) / "merged.safetensors", 0.0
-        if size > 1:
-            others = Path(name) / "others.safetensors"
-            _invent(files, size - len(files), vocabulary).save(others)
-            begun = perf_counter()
-            merge_files([*files, others], merged)
-            seconds = perf_counter() - begun
-        else:
-            merged = files[0]
-        pipeline, memory = open_model(device), Memory(device)
-        _encode(pipeline, "a fox in the snow")()
-        before, begun = memory.now(), perf_counter()
-        adapter = open_adapter(merged)
+def _call(work: Callable[..., Result], *given: Any) -> Result:
+    """Return what a function returns in a new process."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *given).result()
+
+
+def merge(jobs: Sequence[Job], size: int, target: Path) -> float:
+    """Write a file of so many concepts; returns how long merging took."""
+    files = _trained(jobs)[:size]
+    if size == 1:
+        shutil.copy(files[0], target)
+        return 0.0
+    others = target.with_name("others.safetensors")
+    _invent(files, size - len(files), Vocabulary.tiny()).save(others)
+    begun = perf_counter()
+    merge_files([*files, others], target)
+    return perf_counter() - begun
+
+
+def measure(jobs: Sequence[Job], file: Path, merge_seconds: float, rounds: int, device: str) -> Scale:
+    """Try out a file of many concepts."""
+    trained, trigger = _trained(jobs)[0], jobs[0].characters[0].name
+    pipeline, memory = open_model(device), Memory(device)
+    load_engram(pipeline, open_adapter(trained), name="one")  # what is only done once is not counted
+    _encode(pipeline, f"{trigger} in the snow")()
+    unload_engrams(pipeline)
+    _encode(pipeline, "a fox in the snow")()
+    before, opening, loading, grown = memory.now(), list[float](), list[float](), 0
+    for number in range(OPENED):
+        unload_engrams(pipeline)
+        begun = perf_counter()
+        adapter = open_adapter(file)
         opened = perf_counter()
         load_engram(pipeline, adapter, name="many")
-        loaded = perf_counter()
-        _encode(pipeline, f"{jobs[0].characters[0].name} in the snow")()
-        grown = memory.now() - before
-        ratios = _time(pipeline, adapter, jobs[0].characters[0].name, rounds, device)
-        alone, base = _compare(pipeline, adapter, jobs[0], files[0])
-        return Scale(
-            concepts=len(adapter.names()),
-            entries=sum(len(table.concept) for table in adapter.streams.values()),
-            size=adapter.nbytes(),
-            merge_seconds=seconds,
-            open_seconds=opened - begun,
-            load_seconds=loaded - opened,
-            memory=grown,
-            quiet=ratios["quiet"],
-            firing=ratios["firing"],
-            again=ratios[AGAIN],
-            alone=alone,
-            base=base,
-            fired=_try_triggers(pipeline, adapter),
-        )
+        opening.append(opened - begun)
+        loading.append(perf_counter() - opened)
+        if not number:
+            _encode(pipeline, f"{trigger} in the snow")()
+            grown = memory.now() - before
+    ratios = _time(pipeline, adapter, trigger, rounds, device)
+    alone, base = _compare(pipeline, adapter, jobs[0], trained)
+    return Scale(
+        concepts=len(adapter.names()),
+        entries=sum(len(table.concept) for table in adapter.streams.values()),
+        size=adapter.nbytes(),
+        merge_seconds=merge_seconds,
+        open_seconds=median(opening),
+        load_seconds=median(loading),
+        memory=grown,
+        quiet=ratios["quiet"],
+        firing=ratios["firing"],
+        again=ratios[AGAIN],
+        alone=alone,
+        base=base,
+        fired=_try_triggers(pipeline, adapter),
+    )
+
+
+def _trained(jobs: Sequence[Job]) -> list[Path]:
+    return [engram_file(job.task(*job.characters).output) for job in jobs]
 
 
 def _job(character: DemoCharacter, phrases: dict[str, str], work: Path, device: str) -> Job:

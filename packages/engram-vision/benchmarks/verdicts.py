@@ -150,6 +150,12 @@ class Verdicts:
             f"{group}: identical": count_of(
                 [one.tobytes() == other.tobytes() for one, other in zip(images, before, strict=True)]
             ),
+            f"{group}: difference": count_of(
+                [
+                    float(np.abs(np.asarray(one, np.float32) - np.asarray(other, np.float32)).mean() / 255)
+                    for one, other in zip(images, before, strict=True)
+                ]
+            ),
             f"{group}: distance": count_of([float(1 - min(1.0, cosine)) for cosine in cosines]),
             f"{group}: shows the character": count_of([character.is_seen(one) for one in named]),
             f"{group}: another subject": count_of([one != other for one, other in zip(named, was, strict=True)]),

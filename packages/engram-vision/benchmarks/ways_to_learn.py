@@ -5,8 +5,11 @@ A further method is one more entry of `METHODS`.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -34,7 +37,7 @@ from engram_vision.training.trainer import train
 STEPS = 300
 SHORT = (20, 50)
 
-# Peak learning rates of 300 steps, chosen on the development character by `comparison.py --choose`.
+# Peak learning rates of 300 steps, as the benchmark `rates` picked them on the development character.
 RATES: Mapping[str, float] = {
     "textual inversion": 5e-3,
     "textual inversion, 8 vectors": 5e-3,
@@ -46,6 +49,16 @@ RATES: Mapping[str, float] = {
     "DreamBooth": 3e-4,
     "DreamBooth, prior preserved": 3e-4,
 }
+
+
+LIBRARIES = ("torch", "diffusers", "transformers", "peft")
+
+
+@cache
+def digest_code() -> str:
+    """Return a digest of the scripts by which methods learn; what was learned by others is learned anew."""
+    parts = (Path(__file__).with_name(name).read_bytes() for name in ("baselines.py", "lessons.py"))
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:12]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +105,8 @@ class Method:
     def facts(self, task: Task) -> dict[str, Any]:
         """Return what the outcome depends on."""
         changes = engram_changes(task, self.options) if self.kind == "engram" else {}
-        return {"settings": task.facts(changes), "kind": self.kind, "options": dict(self.options)}
+        facts = {"settings": task.facts(changes), "kind": self.kind, "options": dict(self.options)}
+        return facts | {"code": digest_code(), "libraries": {name: version(name) for name in LIBRARIES}}
 
     def learn(self, task: Task) -> Learned:
         """Learn and write what was learned."""

@@ -39,8 +39,8 @@ def output():
 
 def test_only_what_is_addressed_leaves_other_prompts_alone(output):
     for name in ("the base model", "engram, one residual, 20 steps", "textual inversion, 8 vectors"):
-        identical, distance, _, again, *_ = cells(output, name)[1]
-        assert (identical, distance, again) == ("1.00", "0.000", "1.00")
+        identical, difference, distance, _, again, *_ = cells(output, name)[1]
+        assert (identical, difference, distance, again) == ("1.00", "0.000", "0.000", "1.00")
     for name in ("LoRA of the U-Net, rank 4", "LoRA of the text encoder, rank 4", "DreamBooth, prior preserved"):
         assert cells(output, name)[1][0] == "0.00"
 
@@ -120,7 +120,7 @@ def test_finished_rows_are_kept_and_those_with_other_settings_made_anew(tmp_path
     assert made in third
     assert "the base model, Zorbit" not in third
     assert json.loads((tmp_path / "0.json").read_text()) == json.loads((tmp_path / "1.json").read_text())
-    assert (tmp_path / "work" / "zorbit-quell.png").exists()
+    assert (tmp_path / "work" / "sd15-zorbit-quell.png").exists()
 
 
 def test_an_engram_draws_the_same_in_a_crowd():
@@ -129,6 +129,13 @@ def test_an_engram_draws_the_same_in_a_crowd():
     assert (as_alone, identical) == ("1.00", "1.00")
     for way in ("side by side", "linear", "TIES", "DARE"):
         assert len(cells(output, f"LoRA, 2 {way}")[0]) >= 5
+
+
+def test_rates_are_tried_and_the_best_is_picked():
+    output = run(BENCHMARKS / "run.py", "rates", "--quick").stdout
+    rows = cells(output, "LoRA of the transformer, rank 4")
+    assert [row[0] for row in rows] == ["0.0001", "0.0003"]
+    assert sum("chosen" in row for row in rows) == 1
 
 
 def test_strengths_are_tried_by_block_and_by_noise():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ from engram_core import ClipsReport, InputError, TargetExistsError, Watcher
 from engram_core.container import open_target, write_all
 from engram_video.clips import probe_clip, read_clip, read_facts
 from engram_video.drawing import read_length, save_clip, to_pixels
-from engram_video.frames import check_frame_count, check_size, fit_frames
-from engram_video.models import load_image_to_video, size_multiple
+from engram_video.frames import fit_frames
+from engram_video.models import check_shape, load_image_to_video
 from engram_video.settings import Wan22ClipsSettings
 from engram_video.sheet import draw_sheet
 from engram_vision.dataset import CaptionedImage, caption_with, read_dataset
@@ -37,6 +37,7 @@ __all__ = ["METADATA", "SHEET", "build_clips"]
 METADATA = "metadata.jsonl"
 SHEET = "sheet.png"
 
+_MADE_BY, _BUILDER = "made by", "engram data clips"  # what a contact sheet says of itself
 _MADE_WITH = ("model", "frames", "fps", "width", "height", "steps", "guidance", "negative", "seed")
 
 Row = dict[str, Any]
@@ -75,28 +76,31 @@ def build_clips(
     """
     started = time.monotonic()
     watcher = watcher or Watcher()
+    check_shape(settings.model, settings.width, settings.height, settings.frames)
     watcher.begin("reading pictures")
     tasks = _tasks(settings, watcher)
     there = _read_metadata(settings.output / METADATA)
+    _check_sheet(settings.output / SHEET, overwrite=overwrite)
     rows = {task.row["file_name"]: task.row for task in tasks if _is_made(task, there, overwrite=overwrite)}
     missing = [task for task in tasks if task.row["file_name"] not in rows]
     device = pick_device(settings.device, settings.precision)
     if missing:
         watcher.begin(f"loading {settings.model}")
         pipeline = _open_model(settings, device, watcher)
-        check_size(settings.width, settings.height, size_multiple(pipeline))
-        check_frame_count(settings.frames, pipeline.vae_scale_factor_temporal)
         make_folder(settings.output)
         watcher.begin("making clips", len(tasks), len(rows))
         for task in missing:
             clip = _animate(pipeline, task, settings)
             save_clip(clip, task.path, _facts(task.row), fps=settings.fps, overwrite=overwrite)
             rows[task.row["file_name"]] = task.row
-            _write_metadata(settings.output / METADATA, [rows[name] for name in _names(tasks) if name in rows])
+            _write_metadata(settings.output / METADATA, there | rows)
             watcher.advance(len(rows))
-    _write_metadata(settings.output / METADATA, [rows[name] for name in _names(tasks)])
+    _write_metadata(settings.output / METADATA, there | rows)
+    others = there.keys() - rows.keys()
+    if others:
+        watcher.note(f"{settings.output / METADATA}: also lists {', '.join(sorted(others))}, not of these pictures")
     sheet = draw_sheet([(f"{task.path.name}: {task.item.caption}", read_clip(task.path).frames) for task in tasks])
-    save_png(sheet, settings.output / SHEET, {}, overwrite=True)
+    save_png(sheet, settings.output / SHEET, {_MADE_BY: _BUILDER}, overwrite=True)
     watcher.end()
     return ClipsReport(
         folder=settings.output,
@@ -109,6 +113,8 @@ def build_clips(
 
 def _tasks(settings: Wan22ClipsSettings, watcher: Watcher) -> list[_Task]:
     """Return the clips to have, in the order of the pictures."""
+    if settings.output.exists() and settings.output.samefile(settings.data):
+        raise InputError(f"{settings.output}: holds the pictures and their captions; pass another --output")
     items = read_dataset(settings.data, settings.trigger, note=watcher.note)
     made_with = {name: getattr(settings, name) for name in _MADE_WITH}
     tasks: dict[str, _Task] = {}
@@ -144,6 +150,19 @@ def _is_made(task: _Task, there: Mapping[str, Row], *, overwrite: bool) -> bool:
         f"{task.path}: exists, and was made otherwise ({', '.join(differing) or 'it is damaged'}); pass --force to "
         "make it anew, or another --output"
     )
+
+
+def _check_sheet(path: Path, *, overwrite: bool) -> None:
+    """Refuse to replace a picture that is no contact sheet."""
+    if overwrite or not path.exists():
+        return
+    try:
+        with Image.open(path) as image:
+            known = image.info.get(_MADE_BY) == _BUILDER
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        known = False
+    if not known:
+        raise TargetExistsError(f"{path}: exists, and is no contact sheet; pass --force to replace it")
 
 
 def _look(path: Path) -> tuple[Row, int]:
@@ -197,23 +216,23 @@ def _animate(pipeline: Any, task: _Task, settings: Wan22ClipsSettings) -> Any:
     return to_pixels(frames)
 
 
-def _names(tasks: Sequence[_Task]) -> list[str]:
-    return [str(task.row["file_name"]) for task in tasks]
-
-
 def _read_metadata(file: Path) -> dict[str, Row]:
-    """Return the rows of an earlier call by file name; lines that are none are made anew."""
+    """Return the rows of an earlier call, and those of the user's own clips, by file name."""
     if not file.is_file():
         return {}
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read: {error}; remove it, or pass another --output") from None
-    rows = (_parse(line) for line in lines)
-    return {str(row["file_name"]): row for row in rows if "file_name" in row}
+    rows = {number: _parse(line) for number, line in enumerate(lines, start=1) if line.strip()}
+    wrong = [number for number, row in rows.items() if "file_name" not in row]
+    if wrong:
+        raise InputError(f"{file}: line {wrong[0]} names no file; mend or remove it, or pass another --output")
+    return {str(row["file_name"]): row for row in rows.values()}
 
 
-def _write_metadata(file: Path, rows: Sequence[Row]) -> None:
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+def _write_metadata(file: Path, rows: Mapping[str, Row]) -> None:
+    """Write rows in the order of their names, as the pictures are."""
+    text = "".join(json.dumps(rows[name], ensure_ascii=False) + "\n" for name in sorted(rows))
     with open_target(file, overwrite=True) as target:
         write_all(target, memoryview(text.encode()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from PIL import Image
 
 from engram_core import GenerateReport, Watcher
 from engram_video.drawing import draw_clips, save_clip
+from engram_video.models import check_shape
 from engram_video.settings import Wan22GenerateSettings
 from engram_video.sheet import draw_sheet
 from engram_vision import generation
@@ -31,13 +32,11 @@ class ClipCanvas:
         """Take the frames a second of the files."""
         self._fps = settings.fps
 
-    def draw(
-        self,
-        pipeline: Any,
-        drawings: Sequence[Drawing],
-        settings: Wan22GenerateSettings,
-        advance: Callable[[int], None],
-    ) -> list[Pixels]:
+    def check(self, settings: Wan22GenerateSettings) -> None:
+        """Refuse sizes and lengths that do not suit the model."""
+        check_shape(settings.model, settings.width or 0, settings.height or 0, settings.frames)
+
+    def draw(self, pipeline: Any, drawings: Sequence[Drawing], settings: Wan22GenerateSettings) -> list[Pixels]:
         """Return the clips."""
         return draw_clips(
             pipeline,
@@ -48,8 +47,7 @@ class ClipCanvas:
             height=settings.height or 0,
             frames=settings.frames,
             negative=settings.negative,
-            batch_size=settings.batch_size,
-            advance=advance,
+            batch_size=len(drawings),
         )
 
     def save(self, thing: Pixels, path: Path, facts: Mapping[str, str], *, overwrite: bool) -> None:

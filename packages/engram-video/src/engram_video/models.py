@@ -12,15 +12,17 @@ import torch
 from engram_core import InputError
 from engram_core.errors import one_line
 from engram_video.families import WAN22
+from engram_video.frames import check_frame_count, check_size
 from engram_video.training.flow import two_experts
 from engram_vision.models import DTYPES, load_pipeline
 from engram_vision.quiet import quiet_libraries
 from engram_vision.settings import Precision
 from engram_vision.shipped import TINY, model_place
 
-__all__ = ["check_model", "load_image_to_video", "size_multiple"]
+__all__ = ["check_model", "check_shape", "load_image_to_video", "size_multiple"]
 
 _SMALLEST_STEP = 16  # pixels; diffusers insists on it
+_PATCH, _SIDE, _GROUP = (1, 2, 2), 8, 4  # diffusers' own, where a configuration does not tell
 
 
 def check_model(model: str) -> None:
@@ -39,6 +41,33 @@ def check_model(model: str) -> None:
         return  # what is wrong with it is told when it is loaded
     if index.get("transformer_2") not in (None, [None, None]):
         raise two_experts(model)
+
+
+def check_shape(model: str, width: int, height: int, frames: int) -> None:
+    """Refuse clips that a model cannot draw or read, by its configurations alone, before its weights are loaded.
+
+    Args:
+        model: hub id, folder in diffusers layout, or `tiny`.
+        width: pixels.
+        height: pixels.
+        frames: of a clip.
+
+    Raises:
+        InputError: the message names the nearest that is allowed.
+    """
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+
+    place = Path(model_place(WAN22.name, model)).expanduser()
+    source = str(place) if place.is_dir() else model
+    try:
+        with quiet_libraries():
+            autoencoder: Any = AutoencoderKLWan.load_config(source, subfolder="vae")
+            transformer: Any = WanTransformer3DModel.load_config(source, subfolder="transformer")
+    except (OSError, ValueError):
+        return  # what is wrong with it is told when it is loaded
+    patch = max(transformer.get("patch_size", _PATCH)[1:])
+    check_size(width, height, math.lcm(_SMALLEST_STEP, autoencoder.get("scale_factor_spatial", _SIDE) * patch))
+    check_frame_count(frames, autoencoder.get("scale_factor_temporal", _GROUP))
 
 
 def size_multiple(pipeline: Any) -> int:

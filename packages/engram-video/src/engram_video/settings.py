@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -13,7 +13,21 @@ from engram_vision.evaluation.settings import EvaluateSettings
 from engram_vision.families import Family
 from engram_vision.settings import Device, GenerateSettings, Precision, TrainSettings, too_low
 
-__all__ = ["Wan22ClipsSettings", "Wan22EvaluateSettings", "Wan22GenerateSettings", "Wan22TrainSettings"]
+__all__ = ["FORMATS", "Wan22ClipsSettings", "Wan22EvaluateSettings", "Wan22GenerateSettings", "Wan22TrainSettings"]
+
+
+_SMALL, _LARGE = {"width": 832, "height": 480}, {"width": 1280, "height": 720}
+_LENGTH = {"frames": 81, "fps": 16}
+
+FORMATS: Mapping[str, Mapping[str, int]] = {
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": {**_SMALL, **_LENGTH},
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": {**_LARGE, **_LENGTH},
+    "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": {**_SMALL, **_LENGTH},
+    "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers": {**_LARGE, **_LENGTH},
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": {**_LARGE, **_LENGTH},
+    "Wan-AI/Wan2.2-I2V-A14B-Diffusers": {**_LARGE, **_LENGTH},
+}
+"""Size, length and rate of clips that published models make, where they differ from the defaults (model cards)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +87,7 @@ class Wan22GenerateSettings(GenerateSettings):
         """Yield what is wrong with the values."""
         yield from GenerateSettings.faults(self)
         yield from too_low(self, {"frames": 1, "fps": 1})
+        yield from _without_size(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +163,14 @@ class Wan22EvaluateSettings(EvaluateSettings):
         """Yield what is wrong with the values."""
         yield from EvaluateSettings.faults(self)
         yield from too_low(self, {"frames": 1, "fps": 1})
+        yield from _without_size(self)
 
     def measures_more(self) -> bool:
         """Tell whether the warping error is asked for."""
         return bool(self.warping)
+
+
+def _without_size(settings: Wan22GenerateSettings | Wan22EvaluateSettings) -> Iterator[str]:
+    for name in ("width", "height"):
+        if getattr(settings, name) is None:
+            yield f"{name} is none, expected pixels: a video model has no size of its own"

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 from engram_core import ClipsReport, DemoReport, EvaluateReport, GenerateReport, Watcher
 from engram_video.families import WAN22 as FAMILY
 from engram_video.settings import (
+    FORMATS,
     Wan22ClipsSettings,
     Wan22EvaluateSettings,
     Wan22GenerateSettings,
     Wan22TrainSettings,
 )
 from engram_vision.backbone import DiffusersBackbone
-from engram_vision.shipped import TINY
 
 if TYPE_CHECKING:
     from engram_vision.training.medium import Medium
@@ -75,11 +75,23 @@ class Wan22(DiffusersBackbone):
 
         return generate(settings, overwrite=overwrite, watcher=watcher)
 
+    def default_train_settings(self, model: str) -> Mapping[str, Any]:
+        """Return what suits `tiny`, and the size of a published model's clips."""
+        size = {name: value for name, value in FORMATS.get(model, {}).items() if name in ("width", "height")}
+        return {**size, **super().default_train_settings(model)}
+
+    def default_generate_settings(self, model: str) -> Mapping[str, Any]:
+        """Return what suits `tiny`, and size, length and rate of a published model's clips."""
+        return {**FORMATS.get(model, {}), **super().default_generate_settings(model)}
+
+    def default_evaluate_settings(self, model: str) -> Mapping[str, Any]:
+        """Return what suits `tiny`, and size, length and rate of a published model's clips."""
+        return {**FORMATS.get(model, {}), **super().default_evaluate_settings(model)}
+
     def default_clips_settings(self, model: str) -> Mapping[str, Any]:
-        """Return what suits `tiny`: it draws small clips in few steps."""
-        return (
-            {name: value for name, value in self.tiny_generate.items() if name != "batch_size"} if model == TINY else {}
-        )
+        """Return what suits `tiny`, and size, length and rate of a published model's clips."""
+        defaults = self.default_generate_settings(model)
+        return {name: value for name, value in defaults.items() if name != "batch_size"}
 
     def build_clips(
         self, settings: Wan22ClipsSettings, *, overwrite: bool = False, watcher: Watcher | None = None

@@ -8,7 +8,7 @@ import json
 import re
 import time
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -74,10 +74,11 @@ class Canvas(Protocol):
     def overview(self) -> str:
         """Name of the picture that shows everything side by side."""
 
-    def draw(
-        self, pipeline: Any, drawings: Sequence[Drawing], settings: Any, advance: Callable[[int], None]
-    ) -> Sequence[Any]:
-        """Return what is drawn with whatever is loaded; raises InputError when the size does not suit the model."""
+    def check(self, settings: Any) -> None:
+        """Raise InputError where it can be told before the model is loaded that the size does not suit it."""
+
+    def draw(self, pipeline: Any, drawings: Sequence[Drawing], settings: Any) -> Sequence[Any]:
+        """Return what is drawn in one batch with whatever is loaded; raises InputError as `check` does."""
 
     def save(self, thing: Any, path: Path, facts: Mapping[str, str], *, overwrite: bool) -> None:
         """Write one, with facts about it; it appears whole or not at all."""
@@ -89,13 +90,10 @@ class Canvas(Protocol):
 class _PictureCanvas:
     suffix, overview = ".png", "grid.png"
 
-    def draw(
-        self,
-        pipeline: Any,
-        drawings: Sequence[Drawing],
-        settings: GenerateSettings,
-        advance: Callable[[int], None],
-    ) -> list[Image.Image]:
+    def check(self, settings: GenerateSettings) -> None:
+        pass  # it depends on parts that are loaded with the weights
+
+    def draw(self, pipeline: Any, drawings: Sequence[Drawing], settings: GenerateSettings) -> list[Image.Image]:
         return draw(
             pipeline,
             drawings,
@@ -104,8 +102,7 @@ class _PictureCanvas:
             negative=settings.negative,
             width=settings.width,
             height=settings.height,
-            batch_size=settings.batch_size,
-            advance=advance,
+            batch_size=len(drawings),
         )
 
     def save(self, thing: Image.Image, path: Path, facts: Mapping[str, str], *, overwrite: bool) -> None:
@@ -154,6 +151,7 @@ def generate(
         [*(path for group in paths.values() for path in group), *([grid_path] if grid_path else [])], overwrite
     )
     _check_models(adapters, settings)
+    canvas.check(settings)
     device = pick_device(settings.device, settings.precision)
     watcher.begin(f"loading {settings.model}")
     pipeline = _open_model(settings, device, watcher)
@@ -167,26 +165,25 @@ def generate(
         watcher.note(sentence)
     make_folder(settings.output)
 
-    drawn: dict[str, Sequence[Any]] = {}
+    drawn: dict[str, list[Any]] = {variant: [] for variant in variants}
     files: list[Generated] = []
     watcher.begin("drawing", len(drawings) * len(variants))
-    for number, variant in enumerate(variants):
+    for variant in variants:
         if variant == "engram":
             enable_engrams(pipeline)
         else:
             disable_engrams(pipeline)
-        before = number * len(drawings)
-        drawn[variant] = canvas.draw(
-            pipeline,
-            drawings,
-            settings,
-            lambda done, before=before: watcher.advance(before + done),  # type: ignore[misc]
-        )
         engrams = _engrams(pipeline) if variant == "engram" else "[]"
         identity = _identity(pipeline, engrams) if variant == "engram" else None
-        for thing, drawing, path in zip(drawn[variant], drawings, paths[variant], strict=True):
-            canvas.save(thing, path, _facts(settings, drawing, engrams), overwrite=overwrite)
-            files.append(Generated(path=path, prompt=drawing.prompt, seed=drawing.seed, identity=identity))
+        # Written batch by batch: what was drawn before somebody stops it is kept.
+        for first in range(0, len(drawings), settings.batch_size):
+            batch = drawings[first : first + settings.batch_size]
+            things = canvas.draw(pipeline, batch, settings)
+            for thing, drawing, path in zip(things, batch, paths[variant][first:], strict=False):
+                canvas.save(thing, path, _facts(settings, drawing, engrams), overwrite=overwrite)
+                files.append(Generated(path=path, prompt=drawing.prompt, seed=drawing.seed, identity=identity))
+            drawn[variant] += things
+            watcher.advance(len(files))
     if grid_path:
         rows = [
             (f"{drawing.prompt}\n(seed {drawing.seed})", [drawn[variant][row] for variant in variants])

@@ -61,7 +61,7 @@ def clips(
         with watching(as_json=as_json) as watcher:
             report = family.build_clips(settings, overwrite=force, watcher=watcher)
     except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; go on with: {choices.command_line(force=False)}") from None
+        raise Interrupted(f"interrupted; go on with: {choices.command_line()}") from None
     if as_json:
         show_json(
             {

@@ -179,6 +179,9 @@ def evaluate(
         bool | None,
         typer.Option(help="Use adapters that were trained on another model of the family.", rich_help_panel=_MODEL),
     ] = None,
+    without_t5: Annotated[
+        bool | None, typer.Option(help="Leave Stable Diffusion 3.5's T5 encoder out.", rich_help_panel=_MODEL)
+    ] = None,
     low_memory: Annotated[
         bool | None,
         typer.Option(help="Keep only the part that is at work on the device; slower.", rich_help_panel=_MODEL),

@@ -13,7 +13,7 @@ from engram_cli.settings_files import parse_value
 _WHAT, _ADAPTERS, _HOW, _TEXT, _MODEL = (
     "What to generate",
     "Adapters",
-    "Sampling of pictures",
+    "Sampling of pictures and clips",
     "Sampling of texts",
     "The frozen model",
 )
@@ -48,7 +48,7 @@ def generate(
             "--output",
             "-o",
             metavar="PATH",
-            help="Folder to write pictures to; JSONL file for texts, which are shown anyway.",
+            help="Folder to write pictures or clips to; JSONL file for texts, which are shown anyway.",
             rich_help_panel=_WHAT,
         ),
     ] = None,
@@ -94,6 +94,8 @@ def generate(
             parser=parse_value, metavar="PIXELS", help="Height; `none` is the model's own.", rich_help_panel=_HOW
         ),
     ] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of each clip.", rich_help_panel=_HOW)] = None,
+    fps: Annotated[int | None, typer.Option(help="Frames a second of each clip's file.", rich_help_panel=_HOW)] = None,
     batch_size: Annotated[int | None, typer.Option(help="Generated at once.", rich_help_panel=_WHAT)] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Tokens to generate at most.", rich_help_panel=_TEXT)

@@ -97,6 +97,11 @@ def train(
             rich_help_panel=_DATA,
         ),
     ] = None,
+    frames: Annotated[
+        int | None, typer.Option(help="Frames taken from each clip, evenly over its length.", rich_help_panel=_DATA)
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels of a clip.", rich_help_panel=_DATA)] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels of a clip.", rich_help_panel=_DATA)] = None,
     flip: Annotated[bool | None, typer.Option(help="Also learn from the mirror images.", rich_help_panel=_DATA)] = None,
     crops: Annotated[
         int | None, typer.Option(help="Random square crops of each picture; 1 is the centre.", rich_help_panel=_DATA)

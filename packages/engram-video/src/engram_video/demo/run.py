@@ -214,9 +214,13 @@ def _commands(backbone: Wan22, characters: Sequence[DemoCharacter], output: Path
             f"engram train {tool} --data {character.slug}-clips {trigger} -o {character.slug}.safetensors",
         ]
     one, other = (character.name for character in characters)
-    prompt = f"{one} and {other} {MOTION_PHRASES['jump']} in the forest"
+    scene = f"{MOTION_PHRASES['jump']} in the forest"
+    references = shlex.quote(str(_Places.of(characters[0], output).pictures))
+    measured = f'-p "{one} {scene}" --control-prompt "a fox {scene}" -o {characters[0].slug}-figures'
+    prompt = f"{one} and {other} {scene}"
     return (
         *lines,
+        f"engram eval {tool} -a {characters[0].slug}.safetensors --references {references} {measured}",
         f"engram merge {' '.join(f'{character.slug}.safetensors' for character in characters)}",
         f'engram generate {tool} -a {MERGED} --prompt "{prompt}" --compare',
         f'engram inspect {MERGED} --prompt "{prompt}"',

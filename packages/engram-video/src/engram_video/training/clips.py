@@ -20,9 +20,9 @@ from engram_core import TrainReport, Watcher
 from engram_video.clips import read_clip
 from engram_video.dataset import CaptionedClip, read_clips
 from engram_video.drawing import draw_clips, save_clip
-from engram_video.frames import check_frame_count, check_size, sample_indices
+from engram_video.frames import sample_indices
 from engram_video.memory import estimate_memory
-from engram_video.models import check_model, size_multiple
+from engram_video.models import check_model, check_shape
 from engram_video.settings import Wan22TrainSettings
 from engram_video.training.flow import ClipFlow
 from engram_vision.drawing import Drawing
@@ -45,6 +45,7 @@ class Clips:
     def read(self, folder: Path, settings: Wan22TrainSettings, watcher: Watcher) -> Sequence[CaptionedClip]:
         """Return a folder's clips with their captions, as the pipeline would clean them."""
         check_model(settings.model)
+        check_shape(settings.model, settings.width, settings.height, settings.frames)
         clips = read_clips(
             folder,
             settings.trigger,
@@ -66,8 +67,6 @@ class Clips:
         learning: bool,  # noqa: ARG002 - clips are neither mirrored nor cropped at random
     ) -> Latents:
         """Return the clips' latents."""
-        check_frame_count(settings.frames, pipeline.vae_scale_factor_temporal)
-        check_size(settings.width, settings.height, size_multiple(pipeline))
         watcher.begin("encoding clips and captions", len(items))
         clips = [_sample(item, settings) for item in items]
         mean, std = encode_clips(pipeline.vae, clips, device, watcher.advance)

@@ -77,10 +77,12 @@ class _RecordingCanvas:
         self.shown: list[Shown] = []
         self.engrams: list[dict[str, Any]] = []
 
-    def draw(
-        self, pipeline: Any, drawings: Sequence[Drawing], settings: Any, advance: Callable[[int], None]
-    ) -> Sequence[Any]:
-        return self._canvas.draw(pipeline, drawings, settings, advance)
+    def check(self, settings: Any) -> None:
+        """Refuse what the other refuses."""
+        self._canvas.check(settings)
+
+    def draw(self, pipeline: Any, drawings: Sequence[Drawing], settings: Any) -> Sequence[Any]:
+        return self._canvas.draw(pipeline, drawings, settings)
 
     def save(self, thing: Any, path: Path, facts: Mapping[str, str], *, overwrite: bool) -> None:
         variant = name_variant(facts["engrams"])
