@@ -250,9 +250,14 @@ def _lora(rate: float, where: str, projections: Sequence[str]) -> Method:
 
 
 ENGRAM = Method(name="engram, a residual for each block", learn=learn_engram, open=open_engram)
+_CLASS = {"init": "a monster"}  # what each character of the demo is, and the one that settings were chosen on
 METHODS = (
     ENGRAM,
     replace(ENGRAM, name="engram, one residual", settings=partial(_always, {"sites": "text"})),
+    replace(ENGRAM, name="engram, begun as words", settings=partial(_always, _CLASS)),
+    replace(
+        ENGRAM, name="engram, begun as words, half the rate", settings=partial(_always, {**_CLASS, "vector_rate": 0.15})
+    ),
     replace(ENGRAM, name="published, rates to scale", settings=partial(publish, stretch=True)),
     replace(ENGRAM, name="published, rates as they are", settings=partial(publish, stretch=False)),
     *(_lora(rate, "", ALL) for rate in (1e-3, 3e-3, 1e-2)),

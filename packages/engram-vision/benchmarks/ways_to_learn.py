@@ -39,15 +39,15 @@ SHORT = (20, 50)
 
 # Peak learning rates of 300 steps, as the benchmark `rates` picked them on the development character.
 RATES: Mapping[str, float] = {
-    "textual inversion": 5e-3,
-    "textual inversion, 8 vectors": 5e-3,
-    "LoRA of the U-Net, rank 4": 1e-2,
-    "LoRA of the U-Net, rank 16": 1e-3,
+    "textual inversion": 1e-2,
+    "textual inversion, 8 vectors": 1e-3,
+    "LoRA of the U-Net, rank 4": 1e-3,
+    "LoRA of the U-Net, rank 16": 3e-4,
     "LoRA of the text encoder, rank 4": 3e-3,
     "LoRA of the transformer, rank 4": 3e-4,
     "LoRA of the transformer, rank 16": 3e-4,
-    "DreamBooth": 3e-4,
-    "DreamBooth, prior preserved": 3e-4,
+    "DreamBooth": 1e-4,
+    "DreamBooth, prior preserved": 1e-4,
 }
 
 

@@ -138,6 +138,12 @@ def test_rates_are_tried_and_the_best_is_picked():
     assert sum("chosen" in row for row in rows) == 1
 
 
+def test_methods_learn_at_the_rates_that_were_picked():
+    used = run("-c", "import json; from ways_to_learn import RATES; print(json.dumps(RATES))").stdout
+    measured = json.loads((BENCHMARKS / "results.json").read_text(encoding="utf-8"))
+    assert json.loads(used) == measured["rates"]["figures"]["chosen"]
+
+
 def test_strengths_are_tried_by_block_and_by_noise():
     output = run(BENCHMARKS / "run.py", "strengths", "--quick").stdout
     assert len(cells(output, "as learned")[0]) == 3
