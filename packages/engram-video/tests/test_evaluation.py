@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from evaluation_builders import fading, moving, picture, save_clip_model, save_references, still
+from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from video_builders import FRAMES, SIZE, TRIGGER, make_adapter
 
@@ -24,6 +26,8 @@ from engram_vision.evaluation import run
 from engram_vision.evaluation.measures import measure_consistency, measure_identity
 from engram_vision.features import JudgeModel, load_feature_model, read_references
 from engram_vision.generation import save_png
+from engram_vision.models import load_pipeline
+from engram_vision.quiet import quiet_libraries
 from engram_vision.shipped import characters_folder, judge_folder
 
 PROMPT, CONTROL = f"{TRIGGER} in the snow", "a red ball"
@@ -319,6 +323,20 @@ def test_the_judge_of_tinys_clips_knows_the_demos_characters():
     judge = JudgeModel(Judge.load(shipped.judge_folder()))
     for character in read_characters()[0]:
         assert judge.find_subject(read_references(character.folder)) == {"kind": "monster", **character.attributes}
+
+
+def test_a_lora_is_drawn_with_and_measured_beside(settings_for, tmp_path, model):
+    pipeline = load_pipeline(WAN22.family, str(model))
+    torch.manual_seed(0)
+    with quiet_libraries():
+        targets = ["attn2.to_k", "attn2.to_v"]
+        pipeline.transformer.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=targets))
+        layers = get_peft_model_state_dict(pipeline.transformer)
+        pipeline.save_lora_weights(tmp_path / "lora", transformer_lora_layers=layers)
+    found = by_metric(WAN22.evaluate(settings_for(lora=str(tmp_path / "lora"), control_prompts=(CONTROL,))))
+    assert found["consistency"].values.keys() == {"base", "engram", "lora"}
+    assert found["identical clips of 1"].values == {"engram": 1, "lora": 0}
+    assert found["difference from base"].values["engram"] == 0 < found["difference from base"].values["lora"]
 
 
 # What is refused

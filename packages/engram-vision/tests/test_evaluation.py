@@ -6,7 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 from vision_builders import LENGTH, TRIGGER, Log, make_adapter, tokenizer
 
@@ -18,6 +21,7 @@ from engram_vision.evaluation.plot import draw_plot
 from engram_vision.evaluation.settings import SD15EvaluateSettings
 from engram_vision.features import read_references
 from engram_vision.generation import save_png
+from engram_vision.models import load_pipeline
 from engram_vision.quiet import quiet_libraries
 from engram_vision.sd15 import SD15
 from engram_vision.sd35 import SD35
@@ -126,7 +130,9 @@ def test_base_and_engram_are_measured_on_the_same_prompts_and_seeds(settings_for
     )
     report = SD15.evaluate(settings)
     found = by_metric(report)
-    assert found.keys() == {"identity", "adherence", "identical pictures of 2"}
+    moved = {"difference from base", "distance from base"}
+    assert found.keys() == {"identity", "adherence", "identical pictures of 2"} | moved
+    assert {tuple(found[metric].values.items()) for metric in moved} == {(("engram", 0.0),)}
     assert found["identity"].values.keys() == found["identity"].errors.keys() == {"base", "engram"}
     assert found["identity"].difference != 0
     assert found["identical pictures of 2"].values == {"engram": 2}
@@ -214,6 +220,103 @@ def test_the_shipped_judge_counts_pictures_that_are_right(settings_for, tmp_path
     found = by_metric(SD15.evaluate(settings, watcher=ear))
     assert found["subject right"].values == {"files": 0.75}
     assert "'Zorbit Quell somewhere' names no scene of the small world, or several; it is not measured" in ear.notes
+
+
+# A LoRA beside the engram
+
+
+def save_lora(pipeline, folder, part="unet", targets=("to_k", "to_v")):
+    """Write a LoRA that changes a lot, as diffusers' scripts do; takes it out again."""
+    torch.manual_seed(0)
+    module = getattr(pipeline, part)
+    module.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=list(targets)))
+    with torch.no_grad():
+        for name, value in module.named_parameters():
+            if ".lora_" in name:
+                value.normal_()
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(module))
+    pipeline.save_lora_weights(folder, **{f"{part}_lora_layers": layers})
+    pipeline.unload_lora_weights()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory, model):
+    pipeline = load_pipeline(SD15.family, str(model))
+    with quiet_libraries():
+        return save_lora(pipeline, tmp_path_factory.mktemp("lora"))
+
+
+def test_a_lora_is_drawn_with_and_measured_beside(settings_for, tmp_path, references, lora):
+    settings = settings_for(
+        lora=str(lora), control_prompts=(CONTROL,), references=references, output=tmp_path / "figures"
+    )
+    plain = by_metric(SD15.evaluate(replace(settings, lora=None, output=None)))
+    report = SD15.evaluate(settings)
+    found = by_metric(report)
+    assert found["identity"].values.keys() == {"base", "engram", "lora"}
+    assert found["identity"].values.items() >= plain["identity"].values.items()  # trying it left nothing behind
+    assert found["identity"].values["lora"] not in plain["identity"].values.values()
+    assert found["identical pictures of 1"].values == {"engram": 1, "lora": 0}
+    for metric in ("difference from base", "distance from base"):
+        assert found[metric].values["engram"] == 0
+        assert found[metric].values["lora"] > 0
+    assert report.details["failures"] == []  # a LoRA promises nothing
+    (control,) = (tmp_path / "figures").glob("*red-ball*-lora.png")
+    again = by_metric(
+        SD15.evaluate(
+            settings_for(files=(control,), prompts=(), adapters=(), references=references),
+        )
+    )
+    assert again["identity"].values.keys() == {"lora"}
+
+
+def test_a_lora_can_be_measured_alone(settings_for, references, lora):
+    settings = settings_for(adapters=(), base=False, lora=str(lora), references=references)
+    found = by_metric(SD15.evaluate(settings))
+    assert found["identity"].values.keys() == {"lora"}
+
+
+def test_how_much_of_a_lora_fits_is_told(settings_for, lora, tmp_path):
+    values = load_file(lora / "pytorch_lora_weights.safetensors")
+    values |= {"unet.nowhere.lora.down.weight": torch.ones(2, 5), "unet.nowhere.lora.up.weight": torch.ones(5, 2)}
+    save_file(values, tmp_path / "part.safetensors")
+    ear = Log()
+    SD15.evaluate(settings_for(lora=str(tmp_path / "part.safetensors")), watcher=ear)
+    (note,) = (note for note in ear.notes if "fit the model" in note)
+    assert "part.safetensors: " in note
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("nowhere.safetensors", "does not exist; give a hub id, a folder or a safetensors file"),
+        ("some.bin", "is no safetensors file"),
+        ("", "holds 2 safetensors files; name the one with the LoRA"),
+    ],
+)
+def test_a_lora_that_is_not_there_is_refused_before_the_model_is_loaded(
+    settings_for, tmp_path, name, told, monkeypatch
+):
+    monkeypatch.setattr(run.generation, "generate", None)
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    for each in ("one.safetensors", "two.safetensors", "some.bin"):
+        (folder / each).write_bytes(b"")
+    with pytest.raises(InputError, match=told):
+        SD15.evaluate(settings_for(lora=str(folder / name)))
+
+
+@pytest.mark.parametrize("content", ["nothing", "other parts"])
+def test_a_lora_of_another_model_is_refused_before_anything_is_drawn(settings_for, tmp_path, content):
+    file = tmp_path / "wrong.safetensors"
+    if content == "nothing":
+        file.write_bytes(b"not a file of tensors")
+    else:
+        save_file({"unet.x.lora.down.weight": torch.ones(2, 5), "unet.x.lora.up.weight": torch.ones(5, 2)}, file)
+    with pytest.raises(InputError, match=r"wrong\.safetensors: .*give a LoRA of this kind of model"):
+        SD15.evaluate(settings_for(lora=str(file), output=tmp_path / "figures"))
+    assert not (tmp_path / "figures").exists()
 
 
 # What is refused

@@ -103,7 +103,7 @@ class Measure:
     @property
     def difference(self) -> float | None:
         """What adapters change; None when there are not both values."""
-        if self.values.keys() < {"base", "engram"}:
+        if not {"base", "engram"} <= self.values.keys():
             return None
         return self.values["engram"] - self.values["base"]
 

@@ -44,7 +44,7 @@ from engram_vision.models import load_pipeline, pick_device
 from engram_vision.settings import GenerateSettings, without_streams
 from engram_vision.shipped import model_place
 
-__all__ = ["CANVAS", "Canvas", "generate", "make_folder", "save_png"]
+__all__ = ["CANVAS", "Beside", "Canvas", "generate", "make_folder", "save_png"]
 
 _LONGEST_PROMPTS = 1 << 20  # bytes of a file with prompts
 
@@ -87,6 +87,29 @@ class Canvas(Protocol):
         """Return a picture of labelled rows, each with a thing for every variant."""
 
 
+class Beside(Protocol):
+    """What is drawn with after base and engram, when no engram is in force.
+
+    Attributes:
+        name: of the variant, in names of files too.
+        source: where it is from, which files tell under the variant's name.
+    """
+
+    @property
+    def name(self) -> str:
+        """Name of the variant."""
+
+    @property
+    def source(self) -> str:
+        """Where it is from."""
+
+    def load(self, pipeline: Any) -> Sequence[str]:
+        """Load it and return what to tell of it; raises InputError when it does not fit the pipeline."""
+
+    def unload(self, pipeline: Any) -> None:
+        """Take it out; the pipeline is as it was."""
+
+
 class _PictureCanvas:
     suffix, overview = ".png", "grid.png"
 
@@ -122,6 +145,7 @@ def generate(
     overwrite: bool = False,
     watcher: Watcher | None = None,
     canvas: Canvas = CANVAS,
+    beside: Beside | None = None,
 ) -> GenerateReport:
     """Draw every prompt with every seed and write files, which carry how they were made.
 
@@ -130,9 +154,10 @@ def generate(
         overwrite: replace files of the same names.
         watcher: hears how it goes, and which triggers do not fire.
         canvas: what is drawn.
+        beside: what else is drawn with.
 
     Raises:
-        InputError: prompts, strengths or the model cannot be used.
+        InputError: prompts, strengths, the model or what is beside cannot be used.
         IncompatibleAdaptersError: an adapter was made for another model.
         ConflictError: the adapters contradict one another.
         AdapterReadError, AdapterFormatError: an adapter file cannot be used.
@@ -143,7 +168,9 @@ def generate(
     watcher = watcher or Watcher()
     drawings = [Drawing(prompt=prompt, seed=seed) for prompt in _prompts(settings) for seed in settings.seeds]
     adapters = _adapters(settings)
-    variants = (["base"] if settings.compare or not adapters else []) + (["engram"] if adapters else [])
+    variants = (["engram"] if adapters else []) + ([beside.name] if beside else [])
+    if settings.compare or not variants:
+        variants.insert(0, "base")
     endings = {variant: canvas.suffix if len(variants) == 1 else f"-{variant}{canvas.suffix}" for variant in variants}
     paths = {variant: _paths(settings, drawings, endings[variant]) for variant in variants}
     grid_path = settings.output / canvas.overview if settings.compare or settings.grid else None
@@ -156,6 +183,10 @@ def generate(
     watcher.begin(f"loading {settings.model}")
     pipeline = _open_model(settings, device, watcher)
     # Loaded before anything is drawn, because they may not fit the model or one another.
+    if beside:
+        for sentence in beside.load(pipeline):
+            watcher.note(sentence)
+        beside.unload(pipeline)
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         _load(pipeline, adapters, settings)
@@ -173,6 +204,9 @@ def generate(
             enable_engrams(pipeline)
         else:
             disable_engrams(pipeline)
+        if beside and variant == beside.name:
+            beside.load(pipeline)
+        more = {beside.name: beside.source} if beside and variant == beside.name else {}
         engrams = _engrams(pipeline) if variant == "engram" else "[]"
         identity = _identity(pipeline, engrams) if variant == "engram" else None
         # Written batch by batch: what was drawn before somebody stops it is kept.
@@ -180,7 +214,7 @@ def generate(
             batch = drawings[first : first + settings.batch_size]
             things = canvas.draw(pipeline, batch, settings)
             for thing, drawing, path in zip(things, batch, paths[variant][first:], strict=False):
-                canvas.save(thing, path, _facts(settings, drawing, engrams), overwrite=overwrite)
+                canvas.save(thing, path, _facts(settings, drawing, engrams) | more, overwrite=overwrite)
                 files.append(Generated(path=path, prompt=drawing.prompt, seed=drawing.seed, identity=identity))
             drawn[variant] += things
             watcher.advance(len(files))

@@ -18,7 +18,7 @@ from engram_vision.quiet import quiet_libraries
 from engram_vision.settings import Device, Precision
 from engram_vision.shipped import TINY, model_place, tiny_fingerprint
 
-__all__ = ["DTYPES", "check_pipeline", "load_pipeline", "model_fingerprint", "pick_device"]
+__all__ = ["DTYPES", "check_pipeline", "load_pipeline", "looks_like_path", "model_fingerprint", "pick_device"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Each precision's number type."""
@@ -76,7 +76,7 @@ def load_pipeline(
             pipeline = loader.from_folder(source)
         elif source.is_file():
             pipeline = loader.from_file(source)
-        elif _looks_like_path(model):
+        elif looks_like_path(model):
             raise InputError(f"{model}: does not exist; give a hub id, a folder, a single file, or {TINY!r}")
         else:
             pipeline = loader.from_hub()
@@ -222,5 +222,6 @@ def _read_index(folder: Path) -> dict[str, Any]:
         raise InputError(f"{file}: cannot be read: {type(error).__name__}: {error}") from None
 
 
-def _looks_like_path(model: str) -> bool:
+def looks_like_path(model: str) -> bool:
+    """Tell whether a name that is nowhere on disk was meant as a path rather than a hub id."""
     return model.startswith((".", "/", "~")) or model.count("/") != 1 or model.endswith(_SINGLE_FILES)

@@ -136,8 +136,13 @@ def evaluate(
         ),
     ] = None,
     lora: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="PEFT adapter to measure as well.", rich_help_panel=_ADAPTERS),
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="LoRA to measure as well: a PEFT adapter's folder; for pictures and clips a safetensors file, a "
+            "folder with one, or a hub id, as diffusers loads it.",
+            rich_help_panel=_ADAPTERS,
+        ),
     ] = None,
     base: Annotated[
         bool | None, typer.Option(help="Also measure the base model; on unless told.", rich_help_panel=_ADAPTERS)

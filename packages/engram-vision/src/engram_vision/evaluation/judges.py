@@ -15,7 +15,7 @@ from PIL import Image
 
 from engram_core import Watcher
 from engram_vision.demo.judge import Judge
-from engram_vision.evaluation.measures import Figure, measure_consistency, measure_identity
+from engram_vision.evaluation.measures import Figure, measure_change, measure_consistency, measure_identity
 from engram_vision.evaluation.settings import EvaluateSettings
 from engram_vision.features import (
     FeatureModel,
@@ -85,6 +85,13 @@ class Judges:
                 right = [named == scene for named in self.text.name_scenes(look.pictures)]
                 figures.append(_share(self.text.name, "scene right", right))
         return figures, identity
+
+    def compare(self, before: Pixels, after: Pixels) -> list[Figure]:
+        """Return how far a picture or clip moved from another of the same prompt, uint8 [F, H, W, 3] each."""
+        features = None
+        if self.image is not None:
+            features = (_Look(before).embed(self.image), _Look(after).embed(self.image))
+        return measure_change(before, after, features)
 
     def list_notes(self, prompts: Sequence[str]) -> list[str]:
         """Return what to tell about prompts: those that the model for texts does not read, or not to the end."""

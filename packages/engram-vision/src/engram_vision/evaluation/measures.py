@@ -18,14 +18,19 @@ from engram_core import Measure
 from engram_vision.features import Features, compare_features
 
 __all__ = [
+    "CONTROLS",
     "Figure",
     "compare_bytes",
     "list_spread",
+    "measure_change",
     "measure_consistency",
     "measure_drop",
     "measure_identity",
     "sum_up",
 ]
+
+CONTROLS = "control prompts"
+"""What figures about prompts without a trigger were measured with."""
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -95,6 +100,23 @@ def compare_bytes(pairs: Sequence[tuple[str, Pixels, Pixels]]) -> tuple[int, lis
     """
     differing = [name for name, one, other in pairs if one.shape != other.shape or one.tobytes() != other.tobytes()]
     return len(pairs) - len(differing), differing
+
+
+def measure_change(before: Pixels, after: Pixels, features: tuple[Features, Features] | None) -> list[Figure]:
+    """Return how far frames moved: the mean difference of pixels, in 0..1, and of features one less the cosine.
+
+    Args:
+        before: uint8 [F, H, W, 3].
+        after: likewise.
+        features: of both, [F, d] each; None where no model was named.
+    """
+    difference = np.abs(before.astype(np.int16) - after).mean(dtype=np.float64) / 255
+    figures = [_figure(CONTROLS, "difference from base", float(difference), better=False)]
+    if features is not None:
+        one, other = (each.astype(np.float64) for each in features)
+        distance = 0.0 if (one == other).all() else max(0.0, float(1 - (one * other).sum(axis=1).mean()))
+        figures.append(_figure(CONTROLS, "distance from base", distance, better=False))
+    return figures
 
 
 def sum_up(figures: Mapping[str, Sequence[Sequence[Figure]]]) -> list[Measure]:

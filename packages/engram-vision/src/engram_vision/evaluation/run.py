@@ -35,7 +35,8 @@ from engram_vision.dataset import caption_with, contains_trigger
 from engram_vision.drawing import Drawing
 from engram_vision.evaluation.judges import Judges, load_judges
 from engram_vision.evaluation.kind import PICTURES, Kind
-from engram_vision.evaluation.measures import Figure, compare_bytes, list_spread, sum_up
+from engram_vision.evaluation.lora import Lora
+from engram_vision.evaluation.measures import CONTROLS, Figure, compare_bytes, list_spread, sum_up
 from engram_vision.evaluation.plot import draw_plot
 from engram_vision.evaluation.settings import EvaluateSettings
 from engram_vision.evaluation.shown import Shown, name_variant
@@ -85,7 +86,7 @@ class _RecordingCanvas:
         return self._canvas.draw(pipeline, drawings, settings)
 
     def save(self, thing: Any, path: Path, facts: Mapping[str, str], *, overwrite: bool) -> None:
-        variant = name_variant(facts["engrams"])
+        variant = name_variant(facts)
         self.engrams = json.loads(facts["engrams"]) or self.engrams
         self.shown.append(
             Shown(
@@ -133,6 +134,7 @@ def evaluate(
     adapters = [_open(text) for text in settings.adapters]
     triggers = [record.trigger for _, _, adapter in adapters for record in adapter.records()]
     _check_prompts(settings, triggers)
+    lora = None if settings.lora is None else Lora(settings.lora)
     watcher.begin("loading what measures")
     judges = load_judges(settings, kind.judge_folder, watcher)
     canvas = None
@@ -144,7 +146,7 @@ def evaluate(
     for sentence in judges.list_notes(list(read_as.values())):
         watcher.note(sentence)
     if not settings.files:
-        canvas = _draw(settings, kind, overwrite, watcher)
+        canvas = _draw(settings, kind, lora, overwrite, watcher)
         shown = canvas.shown
     controls = [one for one in shown if one.prompt in settings.control_prompts]
     others = [one for one in shown if one.prompt not in settings.control_prompts]
@@ -153,8 +155,8 @@ def evaluate(
     measures = sum_up(measured.figures)
     failures: list[str] = []
     if controls:
-        found, failures = _measure_locality(controls, kind.name)
-        measures.append(found)
+        found, failures = _measure_locality(controls, judges, kind.name)
+        measures += found
     if settings.files and not measures:
         raise InputError(
             f"{settings.files[0]}: nothing can be measured: there is no prompt in a file or in metadata.jsonl to "
@@ -204,8 +206,10 @@ def _check_prompts(settings: EvaluateSettings, triggers: Sequence[str]) -> None:
                 )
 
 
-def _draw(settings: EvaluateSettings, kind: Kind, overwrite: bool, watcher: Watcher) -> _RecordingCanvas:
-    """Draw all prompts with all seeds, base and engram in the same batches."""
+def _draw(
+    settings: EvaluateSettings, kind: Kind, lora: Lora | None, overwrite: bool, watcher: Watcher
+) -> _RecordingCanvas:
+    """Draw all prompts with all seeds, every variant in the same batches."""
     with ExitStack() as stack:
         writes = settings.output is not None
         values = {
@@ -214,12 +218,12 @@ def _draw(settings: EvaluateSettings, kind: Kind, overwrite: bool, watcher: Watc
         values |= {
             "output": settings.output or Path(stack.enter_context(tempfile.TemporaryDirectory())),
             "prompts": (*settings.prompts, *settings.control_prompts),
-            "compare": settings.base and bool(settings.adapters),
+            "compare": settings.base and (bool(settings.adapters) or lora is not None),
             "grid": writes,
         }
         chosen = settings.drawing(**values)
         canvas = _RecordingCanvas(kind.canvas(chosen), kind, writes=writes)
-        generation.generate(chosen, overwrite=overwrite, watcher=watcher, canvas=canvas)
+        generation.generate(chosen, overwrite=overwrite, watcher=watcher, canvas=canvas, beside=lora)
     gc.collect()  # of the pipeline, whose room on the device is needed now
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -266,28 +270,30 @@ def _measure(
     return measured
 
 
-def _measure_locality(controls: Sequence[Shown], noun: str) -> tuple[Measure, list[str]]:
-    """Return how much of what control prompts give is the base model's, and a sentence where some is not."""
-    base = [one for one in controls if one.variant == "base"]
-    engram = [one for one in controls if one.variant == "engram"]
-    pairs = [
-        (f"{one.prompt!r} (seed {one.seed})", one.read(), other.read()) for one, other in zip(base, engram, strict=True)
-    ]
-    same, differing = compare_bytes(pairs)
+def _measure_locality(controls: Sequence[Shown], judges: Judges, noun: str) -> tuple[list[Measure], list[str]]:
+    """Return how much of what control prompts give is the base model's, and a sentence where an engram changed some."""
+    base = [one.read() for one in controls if one.variant == "base"]
+    same: dict[str, float] = {}
+    moved: dict[str, list[list[Figure]]] = {}
     failures = []
-    if differing:
-        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
-        failures.append(
-            f"{len(differing)} of {len(pairs)} {noun} of prompts without a trigger differ from the base model's: "
-            f"{', '.join(differing[:3])}{more}"
-        )
-    measure = Measure(
-        subject="control prompts",
-        metric=f"identical {noun} of {len(pairs)}",
-        values={"engram": float(same)},
-        higher_is_better=True,
-    )
-    return measure, failures
+    for variant in ("engram", "lora"):
+        others = [one for one in controls if one.variant == variant]
+        pairs = [
+            (f"{one.prompt!r} (seed {one.seed})", before, one.read()) for before, one in zip(base, others, strict=False)
+        ]
+        if not pairs:
+            continue
+        count, differing = compare_bytes(pairs)
+        same[variant] = float(count)
+        moved[variant] = [judges.compare(before, after) for _, before, after in pairs]
+        if differing and variant == "engram":
+            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+            failures.append(
+                f"{len(differing)} of {len(pairs)} {noun} of prompts without a trigger differ from the base model's: "
+                f"{', '.join(differing[:3])}{more}"
+            )
+    identical = Measure(subject=CONTROLS, metric=f"identical {noun} of {len(base)}", values=same, higher_is_better=True)
+    return [identical, *sum_up(moved)], failures
 
 
 def _use(file: str, factor: float, adapter: Adapter, engrams: Sequence[Mapping[str, Any]]) -> UsedAdapter:
@@ -315,6 +321,7 @@ def _detail(
             "seeds": list(settings.seeds),
             "prompts": list(settings.prompts),
             "control_prompts": list(settings.control_prompts),
+            "lora": settings.lora,
             "engrams": canvas.engrams,
         }
     return details

@@ -29,6 +29,8 @@ class EvaluateSettings:
         drawing: the settings class for drawing with the family (not a setting).
         adapters: adapter files or hub repositories; `FILE@0.8` sets the strength of everything in it.
         strengths: `NAME=0.5` sets one concept's strength, `0.5` every concept's; on top of the adapters' own.
+        lora: LoRA of diffusers or of its trainers to draw with and measure as well: safetensors file, folder with one,
+            or hub id.
         base: also draw and measure without adapters.
         prompts: what to draw; with adapters, each holds a trigger.
         control_prompts: what to draw without a trigger, to see that adapters leave it as it is, byte for byte.
@@ -56,6 +58,7 @@ class EvaluateSettings:
 
     adapters: tuple[str, ...] = ()
     strengths: tuple[str, ...] = ()
+    lora: str | None = None
     base: bool = True
     prompts: tuple[str, ...] = ()
     control_prompts: tuple[str, ...] = ()
@@ -99,14 +102,15 @@ class EvaluateSettings:
 
     def _wrong_subjects(self) -> Iterator[str]:
         """Yield what is wrong with what is to be measured."""
-        if self.files and (self.prompts or self.control_prompts or self.adapters):
-            yield "files are measured as they are; leave out prompts, control prompts and adapters, or the files"
+        draws = bool(self.adapters) or self.lora is not None
+        if self.files and (self.prompts or self.control_prompts or draws):
+            yield "files are measured as they are; leave out prompts, control prompts, adapters and LoRA, or the files"
         if not self.files and not self.prompts and not self.control_prompts:
             yield "there is nothing to measure on; give --prompt, --control-prompt or --files"
-        if self.control_prompts and not (self.adapters and self.base):
-            yield "control_prompts compare base and engram; give --adapter, and not --no-base"
-        if not self.base and not self.adapters and not self.files:
-            yield "there is nothing to draw without the base model; give --adapter"
+        if self.control_prompts and not (draws and self.base):
+            yield "control_prompts compare base and engram; give --adapter or --lora, and not --no-base"
+        if not self.base and not draws and not self.files:
+            yield "there is nothing to draw without the base model; give --adapter or --lora"
         both = [prompt for prompt in self.prompts if prompt in self.control_prompts]
         if both:
             yield f"{both[0]!r} is a prompt and a control prompt; make it one of them"

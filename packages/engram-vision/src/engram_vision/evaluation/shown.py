@@ -41,7 +41,7 @@ class Shown:
     """A picture or clip.
 
     Attributes:
-        variant: `base`, `engram` or `UNKNOWN`.
+        variant: `base`, `engram`, `lora` or `UNKNOWN`.
         prompt: what was asked for; None when unknown.
         seed: of the noise; None when unknown.
         file: where it is; None for what was not kept.
@@ -59,10 +59,13 @@ Find = Callable[[Path, Sequence[Path]], Sequence[Path]]
 Open = Callable[[Path, "str | None"], Shown]
 
 
-def name_variant(engrams: str | None) -> str:
-    """Return the variant that a file's fact `engrams` tells of."""
+def name_variant(facts: Mapping[str, str]) -> str:
+    """Return the variant that a file's facts tell of."""
+    engrams = facts.get("engrams")
     if engrams is None:
         return UNKNOWN
+    if facts.get("lora"):
+        return "lora"
     return "base" if engrams.strip() == "[]" else "engram"
 
 
@@ -109,7 +112,7 @@ def describe_file(file: Path, facts: Mapping[str, str], caption: str | None, rea
     """
     seed = facts.get("seed", "")
     return Shown(
-        variant=name_variant(facts.get("engrams")),
+        variant=name_variant(facts),
         prompt=facts.get("prompt") or caption,
         seed=int(seed) if seed.isdecimal() else None,
         file=file,
