@@ -39,7 +39,7 @@ def main() -> None:
     sources = Sources(
         vision=ROOT / "packages/engram-vision/benchmarks/results.json",
         video=ROOT / "packages/engram-video/benchmarks/results.json",
-        grids=ROOT / "build/vision-comparison",
+        grids=ROOT / "build",
         plots=PAGE.with_suffix(""),
     )
     sources.plots.mkdir(exist_ok=True)

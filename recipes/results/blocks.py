@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import mean
 
 from PIL import Image
 
-from recipes.results.figures import Comparison, Spread, read_results, show_machine
+from recipes.results.clips import tell_clip_losses, tell_clips
+from recipes.results.figures import NOT_YET, Comparison, Spread, read_results, show_machine
 from recipes.results.plots import plot_bars, plot_curves, plot_trade
 
-NOT_YET = "*Not measured yet.*"
 _KB, _MB = 1e3, 1e6
 
 # What is compared: (what it is called, the counts it is a share of, whether more is better).
@@ -55,7 +54,7 @@ class Sources:
 
     Attributes:
         vision, video: `results.json` of the packages' benchmarks.
-        grids: folder with a folder for each checkpoint, in which the comparison left its pictures.
+        grids: folder in which benchmarks have a folder each, with one for each checkpoint, where their pictures are.
         plots: folder beside the page.
     """
 
@@ -226,25 +225,6 @@ def tell_strengths(found: Comparison) -> str:
     return _table(found, columns)
 
 
-def tell_clips(sources: Sources) -> str:
-    """Tabulate the comparison on clips."""
-    content = read_results(sources.video, "quality")
-    if content is None:
-        return NOT_YET
-    figures = content["figures"]
-    columns = {"identity": "identity", "lost by the end": "identity_drop", "scene": "scene", "motion": "motion"}
-    head = ["method", *columns, "without the name: identical", "difference"]
-    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
-    for method, values in figures.items():
-        if not isinstance(values, Mapping) or "identity_drop" not in values:
-            continue
-        cells = [Spread(seeds=tuple(values[name])).show() for name in columns.values()]
-        cells.append(f"{sum(values['identical'])} of {sum(values['controls'])}")
-        cells.append(f"{mean(values['difference']):.3f}")
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def tell_pace(sources: Sources) -> str:
     """Tabulate how fast many concepts are learned."""
     content = read_results(sources.vision, "concepts")
@@ -260,8 +240,8 @@ def tell_pace(sources: Sources) -> str:
 
 
 def show_pictures(sources: Sources, backbone: str) -> str:
-    """Show a grid for each character: those that the comparison drew on this machine, else those that are there."""
-    for grid in sorted(sources.grids.glob(f"*/{backbone}-*.png"), key=lambda path: path.stat().st_mtime):
+    """Show a grid for each character: those that benchmarks drew on this machine, else those that are there."""
+    for grid in sorted(sources.grids.glob(f"*/*/{backbone}-*.png"), key=lambda path: path.stat().st_mtime):
         with Image.open(grid) as picture:
             picture.save(sources.plots / f"{grid.stem}.webp", quality=80, method=6)
     grids = sorted(sources.plots.glob(f"{backbone}-*.webp"))
@@ -342,7 +322,9 @@ BLOCKS: Mapping[str, Callable[[Sources], str]] = {
     "strengths": _of("strengths", lambda found, _: tell_strengths(found)),
     "sd35_pictures": partial(show_pictures, backbone="sd35"),
     "sd35": _of("comparison_sd35", lambda found, _: tell_short(found)),
-    "wan22": tell_clips,
+    "clip_losses": lambda sources: tell_clip_losses(read_results(sources.video, "quality")),
+    "wan22": lambda sources: tell_clips(read_results(sources.video, "quality")),
+    "wan22_pictures": partial(show_pictures, backbone="wan22"),
     "machines": tell_machines,
 }
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+NOT_YET = "*Not measured yet.*"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spread:

@@ -10,8 +10,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from recipes.results.__main__ import fill
-from recipes.results.blocks import BLOCKS, NOT_YET, Sources
-from recipes.results.figures import Comparison, Spread
+from recipes.results.blocks import BLOCKS, Sources
+from recipes.results.figures import NOT_YET, Comparison, Spread
 
 MACHINE = {"cores": "2", "machine": "x86_64 Linux", "python": "3.11.7", "torch": "2.15.0"}
 BASE, OURS, LORA = "the base model", "engram, one residual, 300 steps", "LoRA of the U-Net, rank 4"
@@ -41,7 +41,12 @@ def sources(tmp_path):
     tried = [row(name, seed, 5) for name in ("as learned", "0.75 everywhere") for seed in (0, 1)]
     clips = {"identity": [0.5, 0.7], "identity_drop": [0.0, 0.1], "scene": [1.0], "motion": [1.0, 0.8]}
     clips |= {"identical": [8, 8], "controls": [8, 8], "difference": [0.0, 0.0]}
-    clips = {"quality": {"machine": MACHINE, "figures": {"seeds": [0, 1], "engram": clips}}}
+    clips = {
+        "quality": {
+            "machine": MACHINE,
+            "figures": {"seeds": [0, 1], "engram": clips, LORA: clips | {"identity": [0.8, 0.6]}},
+        }
+    }
     (tmp_path / "clips.json").write_text(json.dumps(clips), encoding="utf-8")
     results = {
         "comparison_sd35": {"machine": MACHINE, "figures": {"seeds": [0], "rows": short}},
@@ -56,13 +61,12 @@ def sources(tmp_path):
     }
     (tmp_path / "results.json").write_text(json.dumps(results), encoding="utf-8")
     (tmp_path / "plots").mkdir()
-    folder = tmp_path / "grids" / "0123"
+    folder = tmp_path / "grids" / "comparison" / "0123"
     folder.mkdir(parents=True)
-    for backbone in ("sd15", "sd35"):
+    for backbone in ("sd15", "sd35", "wan22"):
         Image.new("RGB", (64, 64)).save(folder / f"{backbone}-zorbit-quell.png")
-    return Sources(
-        vision=tmp_path / "results.json", video=tmp_path / "clips.json", grids=folder.parent, plots=tmp_path / "plots"
-    )
+    files = {"vision": tmp_path / "results.json", "video": tmp_path / "clips.json"}
+    return Sources(**files, grids=tmp_path / "grids", plots=tmp_path / "plots")
 
 
 def test_shares_are_added_up_by_seed(sources):
@@ -79,6 +83,11 @@ def test_where_others_do_better_is_told(sources):
     assert f"**seconds of training**: {LORA} has 2 s, the engram 3 s." in told
     assert "distance" not in told  # less is better there
     assert "size" not in told
+
+
+def test_where_a_lora_of_clips_does_better_is_told(sources):
+    lost = f"- **identity in clips**: *{LORA}* has 0.70 (0.60 to 0.80), *engram* 0.60 (0.50 to 0.70)"
+    assert BLOCKS["clip_losses"](sources) == f"{lost}; the seeds of both overlap."
 
 
 def test_the_goal_is_held_against_the_best_lora(sources):

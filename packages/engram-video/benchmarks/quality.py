@@ -2,7 +2,7 @@
 
 All learn from the same clips, which the frozen model made of five pictures, in as many steps of as many clips. Nothing
 was chosen by these figures. Run through `run.py`; each run is made in a process of its own and kept in
-`build/video-quality`, so that a stopped benchmark goes on.
+`build/video-quality`, so that a stopped benchmark goes on; with the runs lies a picture for each character.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -20,12 +20,13 @@ from time import monotonic
 from typing import Any
 
 from checkpoint import Checkpoint
-from measure import Outcome, Table
+from measure import Outcome
 from methods import METHODS, Method, Task, open_base
+from PIL import Image
 from pooled import make_all
-from scores import Asked, Judges, Pixels, Score, compare_clips
+from quality_results import BASE, DESCRIBED, Result, list_means, show_means, sum_up
+from scores import Asked, Judges, Pixels, compare_clips
 
-from engram_core.container import open_target, write_all
 from engram_core.settings import Layer, resolve_settings
 from engram_video.clips import read_clip
 from engram_video.clipsets import build_clips
@@ -36,9 +37,9 @@ from engram_video.settings import Wan22ClipsSettings
 from engram_video.wan22 import WAN22
 from engram_vision.demo.characters import DemoCharacter, read_characters
 from engram_vision.drawing import Drawing
+from engram_vision.grid import draw_grid
 
 WORK = Path("build/video-quality")
-BASE, DESCRIBED = "the base model", "the base model, looks in words"
 # Without a trigger: other subjects, the characters' looks in words, and single words of their names.
 CONTROLS = (
     "a fox jumping in the forest",
@@ -88,42 +89,6 @@ class Plan:
             controls=2,
             look={**whole.look, "steps": 2, "frames": 9},
         )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """What one run came to.
-
-    Attributes:
-        facts: what it depends on; it is made anew when they differ.
-        values: how many learned.
-        seconds: of learning.
-        scores: of each clip in a new scene and motion.
-        identical: how many clips of prompts without a trigger have the base model's bytes.
-        controls: how many such prompts there are.
-        difference: mean absolute difference of these clips from the base model's, in 0..1.
-        showing: share of their frames that show the character.
-    """
-
-    facts: Mapping[str, Any]
-    values: int = 0
-    seconds: float = 0.0
-    scores: Sequence[Score]
-    identical: int = 0
-    controls: int = 0
-    difference: float = 0.0
-    showing: float = 0.0
-
-    @classmethod
-    def read(cls, file: Path) -> Result:
-        """Return one that was kept."""
-        values = json.loads(file.read_text(encoding="utf-8"))
-        return cls(**values | {"scores": [Score(**score) for score in values["scores"]]})
-
-    def write(self, file: Path) -> None:
-        """Keep it, whole or not at all."""
-        with open_target(file, overwrite=True) as target:
-            write_all(target, memoryview(json.dumps(asdict(self), indent=1).encode()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,8 +161,10 @@ class Benchmark:
         found: dict[str, dict[int, list[Result]]] = {}
         for name in names:
             found[name] = {seed: [self._read(name, each, seed) for each in subjects] for seed in self._plan.seeds}
-            print(f"{name}: identity {_show(_means(found[name], 'identity'))}", flush=True)
-        return self._sum_up(found, subjects)
+            print(f"{name}: identity {show_means(list_means(found[name], 'identity'))}", flush=True)
+        for subject in subjects:
+            self._write_grid(names, subject)
+        return sum_up(found, {one.character.name: self._share_made(one) for one in subjects})
 
     def measure(self, name: str, subject: Subject, seed: int) -> None:
         """Make a run and keep what it came to."""
@@ -330,94 +297,22 @@ class Benchmark:
         build_clips(resolve_settings(Wan22ClipsSettings, [Layer(source="benchmark", values=values)]), overwrite=True)
         return clips
 
-    def _sum_up(self, found: Mapping[str, Mapping[int, Sequence[Result]]], subjects: Sequence[Subject]) -> Outcome:
-        shows, holds, stays = [], [], []
-        figures: dict[str, Any] = {"seeds": list(self._plan.seeds)}
-        for name, by_seed in found.items():
-            results = [result for each in by_seed.values() for result in each]
-            means = {metric: _means(by_seed, metric) for metric in Score.__dataclass_fields__}
-            values = sorted({result.values for result in results})
-            seconds = [result.seconds for result in results]
-            shown = {
-                metric: _show(found_means, digits=3 if metric in ("warping", "flow") else 2)
-                for metric, found_means in means.items()
-            }
-            learned = (
-                "" if not values[-1] else " to ".join(f"{value:,}" for value in dict.fromkeys((values[0], values[-1])))
-            )
-            shows.append(
-                (name, learned, *(shown[metric] for metric in ("identity", "identity_drop", "scene", "motion")))
-            )
-            holds.append(
-                (name, *(shown[each] for each in ("likeness", "likeness_drop", "consistency", "warping", "flow")))
-            )
-            if name != DESCRIBED:
-                identical, count = (sum(getattr(each, what) for each in results) for what in ("identical", "controls"))
-                difference = _show(_means_of(by_seed, lambda result: result.difference), digits=3)
-                showing = _show(_means_of(by_seed, lambda result: result.showing))
-                took = f"{mean(seconds):.0f} s" if learned else ""
-                stays.append((name, f"{identical} of {count}", difference, showing, took))
-            figures[name] = {
-                "values": values,
-                "seconds": seconds,
-                "identical": [result.identical for result in results],
-                "controls": [result.controls for result in results],
-                "difference": [result.difference for result in results],
-                "showing": [result.showing for result in results],
-                **means,
-            }
-        made = {
-            subject.character.name: self._judges.share_showing(
-                subject.character, [read_clip(path).frames for path in sorted(subject.clips.glob("*.mp4"))]
-            )
-            for subject in subjects
-        }
-        figures["frames of the clips learned from that show the character"] = made
-        n_clips = sum(len(result.scores) for result in next(iter(found[BASE].values())))
-        of_seeds = f"mean (lowest to highest) of {len(self._plan.seeds)} seeds of {n_clips} clips"
-        return Outcome(
-            tables=[
-                Table(
-                    title=f"Characters in new scenes and motions, {of_seeds}",
-                    columns=("method", "learns", "identity", "lost by the end", "scene", "motion"),
-                    rows=shows,
-                ),
-                Table(
-                    title=f"The same clips by the judge's features and by optical flow, {of_seeds}",
-                    columns=("method", "likeness", "lost by the end", "consistency", "warping error", "flow"),
-                    rows=holds,
-                ),
-                Table(
-                    title="Prompts without the name, and the time that learning took",
-                    columns=("method", "identical clips", "difference", "frames with the character", "learning"),
-                    rows=stays,
-                ),
-            ],
-            notes=[
-                "of the frames of the clips learned from, the judge finds the character in "
-                + ", ".join(f"{share:.2f} ({name})" for name, share in made.items())
-                + "."
-            ],
-            figures=figures,
-        )
+    def _share_made(self, subject: Subject) -> float:
+        """Return the share of frames of the clips learned from that show the character."""
+        clips = [read_clip(path).frames for path in sorted(subject.clips.glob("*.mp4"))]
+        return self._judges.share_showing(subject.character, clips)
 
-
-def _means(by_seed: Mapping[int, Sequence[Result]], metric: str) -> list[float]:
-    """Return a figure's mean over the clips of each seed; seeds in which it was never measured are left out."""
-    values = [
-        [value for result in results for score in result.scores if (value := getattr(score, metric)) is not None]
-        for results in by_seed.values()
-    ]
-    return [mean(each) for each in values if each]
-
-
-def _means_of(by_seed: Mapping[int, Sequence[Result]], read: Callable[[Result], float]) -> list[float]:
-    return [mean(map(read, results)) for results in by_seed.values()]
-
-
-def _show(values: Sequence[float], digits: int = 2) -> str:
-    """Return mean, lowest and highest as one cell."""
-    if not values:
-        return ""
-    low, high = min(values), max(values)
-    return f"{mean(values):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+    def _write_grid(self, names: Sequence[str], subject: Subject) -> None:
+        """Write a picture: a row for each method, with frames of a clip with the name and of one without."""
+        seed, rows = self._plan.seeds[0], []
+        controls = self._ask_controls(seed)
+        quiet = next((one for one in controls if "monster" in one.prompt), controls[-1])
+        for name in names:
+            task, method = self._task(name, subject, seed), self._method(name)
+            pipeline = open_base(task) if method is None else method.open(task)
+            asked = self._ask(subject, seed, described=name == DESCRIBED)[0]
+            clips = [*self._draw(pipeline, [asked]), *self._draw(pipeline, [quiet])]
+            rows.append((name, [Image.fromarray(clip[at]) for clip in clips for at in (0, len(clip) // 2, -1)]))
+        columns = [f"{what}{which}" for what in ("named, ", "unnamed, ") for which in ("first", "middle", "last")]
+        sheet = draw_grid(columns, rows)
+        sheet.save(self._work / f"{WAN22.name}-{subject.character.slug}.png", optimize=True)

@@ -101,6 +101,7 @@ def test_finished_runs_are_kept_and_those_with_other_settings_made_anew(tiny, tm
     assert made in third
     assert "the base model, Zorbit" not in third
     assert json.loads((tmp_path / "0.json").read_text()) == json.loads((tmp_path / "1.json").read_text())
+    assert (tmp_path / "work" / "wan22-zorbit-quell.png").exists()
 
 
 def test_published_settings_are_those_of_the_published_run(tiny):
